@@ -1,0 +1,5 @@
+"""`python -m deltaloom`."""
+
+from deltaloom.cli.main import main
+
+main()

@@ -1,0 +1,154 @@
+"""Commands that look and change nothing: ls, show, schema, env, compare, check."""
+
+from __future__ import annotations
+
+import ast
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltaloom.core.errors import InputError, suggest
+from deltaloom.core.method import VERBS, Entry, methods
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def ls(
+    verb: Annotated[str | None, typer.Argument(help="select, tune, merge or measure.")] = None,
+    json: Json = False,
+) -> None:
+    """List the methods of a verb, or of all."""
+    entries = methods(verb)
+    if json:
+        rows = [
+            {"verb": e.verb, "name": e.name, "summary": e.summary, "paper": e.paper}
+            for e in entries
+        ]
+        print(jsonlib.dumps(rows))
+        return
+    for entry in entries:
+        print(f"{entry.verb:8} {entry.name:16} {entry.summary}")
+
+
+def show(
+    method: Annotated[str, typer.Argument(help="A method, or VERB.METHOD.")], json: Json = False
+) -> None:
+    """Explain a method: what it does, its paper, its settings with defaults."""
+    entry = _find(method)
+    cls = entry.load()
+    rows = [
+        {
+            "name": name,
+            "default": entry.preset.get(name, field.get_default(call_default_factory=True)),
+            "type": _type_name(field.annotation),
+            "help": " ".join((field.description or "").split()),
+        }
+        for name, field in cls.model_fields.items()
+    ]
+    if json:
+        facts = {"verb": entry.verb, "name": entry.name, "paper": entry.paper, "settings": rows}
+        print(jsonlib.dumps(facts, default=lambda value: value.model_dump()))
+        return
+    print(f"{entry.verb} {entry.name}\n\n{entry.summary}\n")
+    print(_module_doc(entry))
+    print("\nSettings")
+    for row in rows:
+        print(f"  {row['name']} = {row['default']}  ({row['type']})\n      {row['help']}")
+
+
+def schema() -> None:
+    """JSON schema of recipes, for completion in editors."""
+    from deltaloom.recipe.schema import recipe_schema
+
+    print(jsonlib.dumps(recipe_schema(), indent=2))
+
+
+def env(json: Json = False) -> None:
+    """Versions, cores, memory and devices, for bug reports."""
+    import os
+    import platform
+
+    import torch
+
+    from deltaloom.core.run import versions
+
+    facts: dict[str, Any] = {
+        **versions(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cuda": [
+            torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
+        ],
+    }
+    if json:
+        print(jsonlib.dumps(facts))
+        return
+    for key, value in facts.items():
+        print(f"{key:14} {value}")
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run that measured.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="The run to compare it with.")],
+    json: Json = False,
+) -> None:
+    """Compare two runs' estimates item by item: first minus second, per task and metric."""
+    from deltaloom.core.estimate import compare as paired
+    from deltaloom.recipe.measurements import matched, read_estimates
+
+    pairs = matched(read_estimates(first), read_estimates(second))
+    if not pairs:
+        raise InputError(f"{first} and {second} measured no task by the same metric")
+    found = {key: paired(a, b) for key, (a, b) in pairs.items()}
+    if json:
+        print(jsonlib.dumps({key: one.to_json() for key, one in found.items()}))
+        return
+    for key, one in found.items():
+        print(f"{key}: {one.summary()}")
+
+
+def check(
+    path: Annotated[Path, typer.Argument(help="A model, adapter, features, run folder or data.")],
+    json: Json = False,
+) -> None:
+    """Check that a folder or file is whole; says what it is."""
+    from deltaloom.recipe.inspection import inspect
+
+    facts = inspect(path)
+    if json:
+        print(jsonlib.dumps(facts))
+        return
+    print(f"{path}: {facts.pop('kind')}, whole")
+    for key, value in facts.items():
+        print(f"  {key}: {value}")
+
+
+def _find(name: str) -> Entry:
+    verb, dot, rest = name.partition(".")
+    wanted = rest if dot else name
+    found = [e for e in methods(verb if dot else None) if e.name == wanted]
+    if len(found) > 1:
+        listed = ", ".join(f"{entry.verb}.{entry.name}" for entry in found)
+        raise InputError(f"several methods are called {name!r}: {listed}")
+    if not found:
+        known = [entry.name for entry in methods()]
+        raise InputError(f"no method {name!r}{suggest(name, [*known, *VERBS])}")
+    return found[0]
+
+
+def _module_doc(entry: Entry) -> str:
+    import importlib.util
+
+    spec = importlib.util.find_spec(entry.module)
+    assert spec is not None
+    assert spec.origin is not None
+    doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n\n")[2]
+
+
+def _type_name(annotation: Any) -> str:
+    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
+    return text or str(annotation).replace("typing.", "").replace("deltaloom.", "")

@@ -1,0 +1,155 @@
+"""The command line: verbs with `key=value`, one grammar for shell and YAML.
+
+Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 the work failed, 2 bad
+input or usage, 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltaloom.cli import look
+from deltaloom.cli.arguments import nest, parse_pairs
+from deltaloom.cli.show import emit, fail
+from deltaloom.core.errors import InputError, WorkError
+
+app = typer.Typer(
+    name="deltaloom",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Efficient post-training of language models: select data, tune, merge, measure.\n\n"
+    "Every method takes key=value settings, the same keys as in a recipe: "
+    "deltaloom tune lora base=MODEL data=rows.jsonl lr=1e-4 out=DIR. "
+    "`deltaloom ls` lists the methods, `deltaloom show METHOD` explains one.",
+)
+
+Pairs = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Inputs and settings.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A name from `deltaloom ls`.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+
+
+@app.command()
+def select(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
+    """Choose rows of a pool: pool=, target=, base=, fraction= or count=, out=."""
+    _one_step("select", method, settings, json)
+
+
+@app.command()
+def tune(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
+    """Tune a base on rows: base=, data=, evaluate=, out=."""
+    _one_step("tune", method, settings, json)
+
+
+@app.command()
+def merge(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
+    """Merge deltas of one base: base=, deltas=[A,B], out=."""
+    _one_step("merge", method, settings, json)
+
+
+@app.command()
+def measure(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
+    """Measure a base or deltas of it: base=, deltas=[A,B], tasks=[T], compare=, out=."""
+    _one_step("measure", method, settings, json)
+
+
+@app.command()
+def run(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
+    """Run a recipe, resuming where it stopped: STEP.KEY=VALUE changes it, out= places it."""
+    from deltaloom.recipe.execute import run_recipe
+    from deltaloom.recipe.steps import parse_recipe, read_yaml
+
+    pairs = parse_pairs(settings)
+    out = Path(str(pairs.pop("out", Path("runs") / recipe.stem)))
+    checked = parse_recipe(read_yaml(recipe), str(recipe), pairs)
+    emit(out, run_recipe(checked, out), json)
+
+
+@app.command()
+def plan(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
+    """What a recipe will take: time, memory, disk; loads no weights."""
+    from deltaloom.cli.show import plan_table
+    from deltaloom.recipe.plan import plan_recipe
+    from deltaloom.recipe.steps import parse_recipe, read_yaml
+
+    checked = parse_recipe(read_yaml(recipe), str(recipe), parse_pairs(settings))
+    plan_table(plan_recipe(checked), json)
+
+
+@app.command()
+def quickstart(settings: Pairs = None, json: Json = False) -> None:
+    """The whole loop on the embedded lab: select, tune, merge, measure, report. out=, seed=."""
+    from deltaloom.cli.quickstart import quickstart as start
+
+    pairs = parse_pairs(settings)
+    out = Path(str(pairs.pop("out", "deltaloom-quickstart")))
+    seed = pairs.pop("seed", 0)
+    if not isinstance(seed, int):
+        raise InputError(f"seed = {seed!r}: must be a whole number")
+    record = start(out, seed, pairs)
+    emit(out, record, json)
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML file about some runs."""
+    from deltaloom.report.page import write_report
+
+    write_report(runs, out)
+    print(out)
+
+
+app.command("ls")(look.ls)
+app.command("show")(look.show)
+app.command("schema")(look.schema)
+app.command("env")(look.env)
+app.command("compare")(look.compare)
+app.command("check")(look.check)
+
+
+def _one_step(verb: str, method: str, settings: list[str] | None, json: bool) -> None:
+    from deltaloom.recipe.execute import run_step
+    from deltaloom.recipe.steps import parse_step
+
+    pairs: dict[str, Any] = {"method": method, **nest(parse_pairs(settings))}
+    out = pairs.pop("out", None)
+    planned = parse_step(verb, pairs, f"{verb} {method}")
+    folder = Path(str(out)) if out is not None else Path("runs") / planned.step.name
+    emit(folder, run_step(planned, folder), json)
+
+
+def main() -> None:
+    """Entry point: errors become one sentence and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except (InputError, WorkError) as error:
+        sys.exit(fail(str(error), error.exit_code))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(fail("interrupted; the same command takes it up again", 130))
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        # A usage error of the command line itself: it carries its own sentence.
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
+        sys.exit(code)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""The nouns: what every verb takes and gives."""

@@ -1,0 +1,152 @@
+"""Base: a pretrained model and its tokenizer, by hub id or local folder; never mutated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltaloom.core.errors import InputError
+from deltaloom.core.spec import Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLES = 64
+"""Places at which the fingerprint reads each weights file."""
+
+
+class Base(Spec):
+    """A pretrained causal language model."""
+
+    model: str
+    """Hub id or local folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the loaded weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """auto takes CUDA when there is one; else cpu, cuda, cuda:1, mps, or balanced for a
+    device map over all GPUs."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+    @property
+    def folder(self) -> Path:
+        """Local folder of the files; hub models are downloaded once into the hub's cache."""
+        path = Path(self.model).expanduser()
+        if path.is_dir():
+            return path
+        if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1:
+            raise InputError(f"{self.model}: no such model folder")
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+        if self.trust_remote_code:
+            patterns.append("*.py")
+        try:
+            return Path(
+                snapshot_download(self.model, revision=self.revision, allow_patterns=patterns)
+            )
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{self.model}: neither a local folder nor a reachable hub model ({first})"
+            ) from None
+
+    def check(self) -> None:
+        """Raise InputError when config, weights (each shard) or tokenizer files are missing."""
+        from deltaloom.core.tensors import TensorFolder
+
+        TensorFolder(self.folder)
+        self.config()
+
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        path = self.folder / "config.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{self.folder} has no config.json: not a model folder") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
+
+    @property
+    def max_length(self) -> int:
+        """Longest context in tokens that the model was built for."""
+        config = self.config()
+        text = config.get("text_config", config)
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(text.get(key), int):
+                return text[key]
+        return 2048
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits naming these weights, equal wherever the same files lie.
+
+        Reads each weights file's size, header and 64 samples of 4 KiB, so it costs the same for
+        any model size; files that differ only between the samples share it.
+        """
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{self.folder} holds no .safetensors file; convert the weights first")
+        state = hashlib.sha256()
+        for file in files:
+            size = file.stat().st_size
+            state.update(f"{file.name} {size}\n".encode())
+            with open(file, "rb") as handle:
+                header = int.from_bytes(handle.read(8), "little")
+                state.update(handle.read(min(header, size)))
+                for k in range(SAMPLES):
+                    handle.seek(size * k // SAMPLES)
+                    state.update(handle.read(4096))
+        return state.hexdigest()[:16]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, padding on the right, with some pad token set."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{self.folder}: the tokenizer does not load ({first})") from None
+        if tokenizer.pad_token_id is None:
+            # Padding is always masked, so any valid id will do.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    def load(self, dtype: str | None = None) -> PreTrainedModel:
+        """The model in evaluation mode, on its device.
+
+        `dtype` overrides the Base's. Raises InputError for a folder that is no whole model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self.check()
+        device = self.resolved_device()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=dtype or self.dtype,
+                device_map="balanced" if device == "balanced" else None,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{self.folder}: the model does not load ({first})") from None
+        if device != "balanced":
+            model.to(device)  # pyright: ignore[reportArgumentType]
+        return model.eval()
+
+    def resolved_device(self) -> str:
+        """The device name, with auto decided."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,143 @@
+"""Delta: what tuning changed, over a named Base.
+
+A Delta is a vector: it adds, subtracts, scales and has an inner product, whatever its kind. Names
+are those of the base's tensors (`model.layers.0.mlp.up_proj.weight`), shapes are the base's.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deltaloom.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from deltaloom.core.base import Base
+
+
+class Delta(ABC):
+    """A change to the tensors of `base`."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Tensors of the base that this changes, sorted."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the base's tensor `name`."""
+
+    @abstractmethod
+    def to_dense(self, name: str) -> Tensor:
+        """The change of tensor `name`, float32, in the base's shape."""
+
+    @abstractmethod
+    def __mul__(self, factor: float) -> Delta:
+        """This change `factor` times."""
+
+    @abstractmethod
+    def __add__(self, other: Delta) -> Delta:
+        """Both changes together; raises InputError when their bases differ."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write this delta so that `load` gives it back equal."""
+
+    @abstractmethod
+    def apply(self, base: Base) -> PreTrainedModel:
+        """`base` loaded with this change."""
+
+    def __rmul__(self, factor: float) -> Delta:
+        return self * factor
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + other * -1.0
+
+    def dot(self, other: Delta) -> float:
+        """Inner product over all tensors, in float64."""
+        self.same_base(other)
+        shared = sorted({*self.names()} & {*other.names()})
+        return float(
+            sum(
+                (self.to_dense(name).double() * other.to_dense(name).double()).sum()
+                for name in shared
+            )
+        )
+
+    def norm(self) -> float:
+        """Euclidean length, the square root of `dot` with itself."""
+        return self.dot(self) ** 0.5
+
+    def same_base(self, other: Delta) -> None:
+        """Raise InputError unless both deltas are over the same weights."""
+        mine, theirs = self.base.fingerprint(), other.base.fingerprint()
+        if mine != theirs:
+            raise InputError(
+                f"deltas of different bases: {self.base.model} ({mine}) and "
+                f"{other.base.model} ({theirs}); tune both from one base"
+            )
+
+
+def describe(folder: Path, delta_kind: str, base: Base) -> None:
+    """Write `delta.json`, which says what kind of delta a folder holds and over which base."""
+    from deltaloom.core.atomic import write_json
+
+    about = {
+        "schema": 1,
+        "kind": delta_kind,
+        "base": {
+            "model": base.model,
+            "revision": base.revision,
+            "fingerprint": base.fingerprint(),
+        },
+    }
+    write_json(folder / "delta.json", about)
+
+
+def load(name: str | Path, base: Base) -> Delta:
+    """The delta in a folder, or in the hub repository `name`, over `base`.
+
+    Knows PEFT adapter folders, whole model folders (the change is model minus base) and folders
+    that `Delta.save` wrote. Raises InputError when it is none of these, or when its `delta.json`
+    names a base of other weights.
+    """
+    from deltaloom.core.deltas.dense import Dense
+    from deltaloom.core.deltas.lowrank import LowRank
+
+    folder = base.model_copy(update={"model": str(name), "revision": None}).folder
+    about = _about(folder)
+    recorded = about.get("base", {}).get("fingerprint")
+    if recorded is not None and recorded != base.fingerprint():
+        raise InputError(
+            f"{folder}: is a delta over {about['base']['model']} ({recorded}), not over "
+            f"{base.model} ({base.fingerprint()})"
+        )
+    if (folder / "adapter_config.json").exists():
+        return LowRank.load(folder, base)
+    if (folder / "delta.safetensors").exists():
+        return Dense.load(folder, base)
+    if (folder / "config.json").exists():
+        return Dense.from_model(folder, base)
+    raise InputError(f"{folder}: neither an adapter, a model nor a delta folder")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / "delta.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None

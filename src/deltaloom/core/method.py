@@ -1,0 +1,243 @@
+"""Methods: one file, one final class; the folder is the registry.
+
+`methods("select")` reads module docstrings with `ast` and imports nothing; `get("select", "less")`
+imports that one file. A family that is one formula is one file with a literal table `PRESETS`
+(row name -> summary, paper and the fields whose defaults differ). Other packages join through entry points of the
+group `deltaloom.<verb>` (name = method, value = `module:Class`).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deltaloom.core.errors import InputError, suggest
+from deltaloom.core.spec import Spec
+
+if TYPE_CHECKING:
+    from deltaloom.core.base import Base
+    from deltaloom.core.delta import Delta
+    from deltaloom.core.estimate import Estimate
+    from deltaloom.core.examples import Examples
+    from deltaloom.core.features import Features
+    from deltaloom.core.run import Run
+
+PACKAGE_ROOT = Path(__file__).parents[1]
+VERBS = ("select", "tune", "merge", "measure")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `plan` knows of a step before any weight is loaded."""
+
+    rows: int
+    """Rows of the pool, the data or the tasks."""
+    row_tokens: float
+    """Mean tokens per row."""
+    target_rows: int
+    matmul_parameters: int
+    """Parameters a token meets in matrix products (embeddings excluded, head included)."""
+    parameters: int
+    linear_sides: int
+    """Sum of in + out over the linear modules but the head: a rank-r LoRA has r times that."""
+    weight_bytes: int
+    """Bytes of the base's weights."""
+    deltas: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step will do: tokens through the model, bytes held and bytes written."""
+
+    forward_tokens: float = 0.0
+    adapter_tokens: float = 0.0
+    """Tokens trained with frozen weights: forward, and backward through activations only."""
+    full_tokens: float = 0.0
+    """Tokens trained with every weight."""
+    memory_bytes: float = 0.0
+    disk_bytes: float = 0.0
+
+    def flops(self, matmul_parameters: int) -> float:
+        """2 N a token forward, 4 N with adapters, 6 N with all weights."""
+        tokens = 2 * self.forward_tokens + 4 * self.adapter_tokens + 6 * self.full_tokens
+        return tokens * matmul_parameters
+
+
+class Method(Spec):
+    """A way to do one verb. Subclasses below are abstract per verb; every method is final."""
+
+    verb: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Inputs of the verb that this method cannot do without."""
+
+    def work(self, sizes: Sizes) -> Work:
+        """What this will do on inputs of these sizes, for `plan`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector gives back: the rows in order of choice and the scores behind them."""
+
+    chosen: Examples
+    scores: Features | None = None
+    """Width-one Features over the whole pool, when the method scores."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Optional row id -> why it was chosen, shown in reports."""
+
+
+class Selector(Method):
+    """Chooses rows of a pool."""
+
+    verb = "select"
+
+    def select(
+        self, pool: Examples, run: Run, *, target: Examples | None, base: Base | None
+    ) -> Selection:
+        """Choose from `pool`; intermediate work goes to `run.work`."""
+        raise NotImplementedError
+
+
+class Tuner(Method):
+    """Tunes a base on examples."""
+
+    verb = "tune"
+
+    def tune(
+        self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
+    ) -> Delta:
+        """Tune; checkpoints go to `run.work`, the result to `run.folder`."""
+        raise NotImplementedError
+
+
+class Merger(Method):
+    """Merges deltas of one base."""
+
+    verb = "merge"
+
+    def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
+        """Merge; the result is written to `run.folder`."""
+        raise NotImplementedError
+
+
+class Measurer(Method):
+    """Measures a base, with or without a delta, on examples."""
+
+    verb = "measure"
+
+    def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
+        """Measure a loaded model (`transformers.PreTrainedModel` or `PeftModel`) on `data`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement that a tuner may make while it works, passed in by whoever knows measures."""
+
+    method: Measurer
+    data: Examples
+    every: int | None = None
+    """Optimizer steps between evaluations; None means once an epoch."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the registry, readable without importing the method."""
+
+    verb: str
+    name: str
+    summary: str
+    paper: str
+    module: str
+    preset: dict[str, Any] = field(default_factory=dict)
+    attribute: str | None = None
+
+    def load(self) -> type[Method]:
+        """Import the file and return its one final class."""
+        module = importlib.import_module(self.module)
+        if self.attribute:
+            return getattr(module, self.attribute)
+        own = [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and issubclass(value, Method)
+            and value.__module__ == module.__name__
+        ]
+        if len(own) != 1:
+            raise InputError(f"{self.module} must define one method class and defines {len(own)}")
+        return own[0]
+
+    def make(self, values: dict[str, Any] | None = None) -> Method:
+        """An instance from the preset's defaults overridden by `values`."""
+        return self.load().parse({**self.preset, **(values or {})}, f"{self.verb} {self.name}")
+
+
+@cache
+def methods(verb: str | None = None) -> tuple[Entry, ...]:
+    """Every method of `verb` (of all verbs when None), sorted by name; imports none of them."""
+    if verb is None:
+        return tuple(entry for name in VERBS for entry in methods(name))
+    if verb not in VERBS:
+        raise InputError(f"no verb {verb!r}{suggest(verb, VERBS)}")
+    found = [entry for path in _files(verb) for entry in _entries(verb, path)]
+    for point in metadata.entry_points(group=f"deltaloom.{verb}"):
+        module, _, attribute = point.value.partition(":")
+        found.append(
+            Entry(verb, point.name, f"from {module}", "", module, attribute=attribute or None)
+        )
+    return tuple(sorted(found, key=lambda entry: entry.name))
+
+
+def get(verb: str, name: str) -> Entry:
+    """The registry row of one method; raises InputError with a suggestion when there is none."""
+    table = {entry.name: entry for entry in methods(verb)}
+    if name not in table:
+        raise InputError(f"no {verb} method {name!r}{suggest(name, table)}")
+    return table[name]
+
+
+def _files(verb: str) -> list[Path]:
+    folder = PACKAGE_ROOT / verb
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
+
+
+def _entries(verb: str, path: Path) -> list[Entry]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    doc = ast.get_docstring(tree) or ""
+    module = f"deltaloom.{verb}.{path.stem}"
+    presets = _presets(tree)
+    if presets is None:
+        summary = doc.split("\n\n")[0].replace("\n", " ")
+        return [Entry(verb, path.stem, summary, paper_of(doc), module)]
+    return [
+        Entry(
+            verb,
+            name,
+            row["summary"],
+            row["paper"],
+            module,
+            {key: value for key, value in row.items() if key not in ("summary", "paper")},
+        )
+        for name, row in presets.items()
+    ]
+
+
+def _presets(tree: ast.Module) -> dict[str, dict[str, Any]] | None:
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and target.id == "PRESETS":
+            return ast.literal_eval(node.value)
+    return None
+
+
+def paper_of(doc: str) -> str:
+    """The text after `Paper:` in a module docstring, up to the end of its paragraph."""
+    _, found, rest = doc.partition("Paper:")
+    return " ".join(rest.split("\n\n")[0].split()) if found else ""

@@ -1,0 +1,281 @@
+"""Run: one finished or resumable piece of work, told whole by the folder it lives in.
+
+`run.json` is the truth (status, resolved recipe, input hashes, seed, versions, cost ledger,
+outputs, estimates), `recipe.yaml` replays it, `metrics.jsonl` has one line per logged step.
+Scratch that makes the work resumable lives in `.work/` and goes when the run is done.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from deltaloom.core.atomic import write_json, write_text
+from deltaloom.core.errors import InputError
+from deltaloom.core.spec import canonical
+
+SCHEMA = 1
+PACKAGES = ("deltaloom", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+COUNTERS = ("wall_seconds", "cpu_seconds", "forward_tokens", "backward_tokens", "flops")
+PEAKS = ("peak_rss_bytes", "peak_device_bytes")
+
+
+class Run:
+    """A folder being worked in. Use as a context manager: leaving it records how it ended."""
+
+    def __init__(self, folder: Path, record: dict[str, Any], lock: int) -> None:
+        self.home = folder
+        """Where `run.json` and the scratch are."""
+        self.folder = folder
+        """Where outputs go; `part` gives views that write to a folder inside."""
+        self.record = record
+        self._lock = lock
+        self._clock = (time.perf_counter(), _cpu_seconds())
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        recipe: dict[str, Any],
+        inputs: dict[str, str],
+        seed: int = 0,
+        *,
+        editable: bool = False,
+    ) -> Self:
+        """Start a run in `folder`, or take up the one that is there.
+
+        `recipe` is the resolved recipe that `recipe.yaml` will replay; `inputs` maps input names
+        to content hashes. Raises InputError when another process works in the folder, or when
+        the folder holds the run of another recipe or of other inputs; with `editable` the
+        recipe may have changed (a recipe's steps are runs of their own and check themselves).
+        """
+        folder = Path(folder)
+        fresh = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder)
+        try:
+            record = _matching_record(folder, recipe, inputs, seed, editable)
+        except InputError:
+            os.close(lock)
+            raise
+        if record is None:
+            if not fresh and any(p.name != ".lock" for p in folder.iterdir()):
+                os.close(lock)
+                raise InputError(f"{folder} is not empty and holds no run; choose another out=")
+            record = _new_record(recipe, inputs, seed)
+        run = cls(folder, record, lock)
+        if not run.done:
+            run.record["status"] = "running"
+            run.save()
+            write_text(folder / "recipe.yaml", _yaml(recipe))
+        return run
+
+    @classmethod
+    def read(cls, folder: str | Path) -> dict[str, Any]:
+        """The record of the run in `folder`; raises InputError when there is none."""
+        path = Path(folder) / "run.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{folder} holds no run (no run.json in it)") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
+        if record.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA}"
+            )
+        return record
+
+    @property
+    def done(self) -> bool:
+        """Whether the work is finished and its outputs are in place."""
+        return self.record["status"] == "done"
+
+    @property
+    def seed(self) -> int:
+        """The seed of every random choice in this run."""
+        return self.record["seed"]
+
+    @property
+    def work(self) -> Path:
+        """Scratch for checkpoints and shards; survives interruption, goes when the run is done."""
+        path = self.home / ".work"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def part(self, name: str) -> Run:
+        """This run with its outputs in the folder `name` inside; it shares ledger and log."""
+        view = copy.copy(self)
+        view.folder = self.folder / name
+        view.folder.mkdir(parents=True, exist_ok=True)
+        return view
+
+    def log(self, **metrics: Any) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with open(self.home / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(canonical(metrics) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics logged after optimizer step `step`: they will be logged again."""
+        path = self.home / "metrics.jsonl"
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if json.loads(line).get("step", 0) <= step
+            ]
+            write_text(path, "".join(line + "\n" for line in kept))
+
+    def spend(self, **amounts: float) -> None:
+        """Add to the cost ledger: counters are summed, peaks are kept at their largest."""
+        cost = self.record["cost"]
+        for key, amount in amounts.items():
+            cost[key] = max(cost[key], amount) if key in PEAKS else cost[key] + amount
+
+    def save(self) -> None:
+        """Write the record, with the time spent since the last save in the ledger."""
+        wall, cpu = time.perf_counter(), _cpu_seconds()
+        self.spend(wall_seconds=wall - self._clock[0], cpu_seconds=cpu - self._clock[1])
+        self.spend(peak_rss_bytes=_peak_rss_bytes())
+        self._clock = (wall, cpu)
+        write_json(self.home / "run.json", self.record)
+
+    def publish(self, folder: Path) -> None:
+        """Move the files of a finished scratch folder to where users look for them."""
+        for path in sorted(folder.iterdir()):
+            goal = self.folder / path.name
+            if goal.is_dir():
+                shutil.rmtree(goal)
+            os.replace(path, goal)
+
+    def note(self, **facts: Any) -> None:
+        """Put facts worth reading later (counts, choices made) into the record."""
+        self.record["notes"].update(facts)
+
+    def finish(self, **results: Any) -> None:
+        """Record the results, remove the scratch and mark the run done."""
+        self.record["results"].update(results)
+        self.record["status"] = "done"
+        self.save()
+        shutil.rmtree(self.home / ".work", ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        try:
+            if kind is None or self.done:
+                return
+            if issubclass(kind, InputError) and not (self.home / ".work").exists():
+                _remove_bare(self.home)
+                return
+            interrupted = issubclass(kind, KeyboardInterrupt)
+            self.record["status"] = "interrupted" if interrupted else "failed"
+            self.record["error"] = str(error)
+            self.save()
+        finally:
+            os.close(self._lock)
+
+
+def _take_lock(folder: Path) -> int:
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise InputError(
+            f"{folder} is in use by another run; wait for it or choose another out="
+        ) from None
+    return lock
+
+
+def _matching_record(
+    folder: Path, recipe: dict[str, Any], inputs: dict[str, str], seed: int, editable: bool
+) -> dict[str, Any] | None:
+    if not (folder / "run.json").exists():
+        return None
+    record = Run.read(folder)
+    ours = {"recipe": recipe, "inputs": inputs, "seed": seed}
+    if editable and canonical(record["recipe"]) != canonical(recipe):
+        record.update(ours, status="running")
+    for part, mine in ours.items():
+        theirs = record[part]
+        if canonical(theirs) != canonical(mine):
+            where = _first_difference(theirs, mine, part)
+            raise InputError(
+                f"{folder} holds another run (different {where}); "
+                "choose another out= or remove that folder"
+            )
+    record["status"] = record["status"] if record["status"] == "done" else "running"
+    record.pop("error", None)
+    return record
+
+
+def _first_difference(a: Any, b: Any, path: str) -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            if canonical(a.get(key)) != canonical(b.get(key)):
+                return _first_difference(a.get(key), b.get(key), f"{path}.{key}")
+    return f"{path}: {a!r} there, {b!r} here"
+
+
+def _new_record(recipe: dict[str, Any], inputs: dict[str, str], seed: int) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": recipe,
+        "inputs": inputs,
+        "seed": seed,
+        "versions": versions(),
+        "cost": dict.fromkeys((*COUNTERS, *PEAKS), 0.0),
+        "notes": {},
+        "results": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the result."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _remove_bare(folder: Path) -> None:
+    # Bad input must leave nothing behind, but never remove what a user put there.
+    for name in ("run.json", "recipe.yaml", "metrics.jsonl", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _cpu_seconds() -> float:
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _peak_rss_bytes() -> float:
+    # Linux gives KiB, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

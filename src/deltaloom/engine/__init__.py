@@ -1,0 +1,1 @@
+"""How to compute: knows models and machines, knows no paper's method."""

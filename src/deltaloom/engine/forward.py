@@ -1,0 +1,241 @@
+"""Forward passes over many sequences: bucketed by length, and no work that nobody asked for.
+
+`token_logprobs` is log-likelihood scoring. Against one padded batch of everything it saves the
+tokens after the last scored one, sequences whose input is the beginning of another's (choices of
+one token share their prompt's pass), most padding, and the logits that no scored token needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+TOKENS_PER_BATCH = 4096
+"""Padded tokens in one batch. Ours: enough to fill a GPU, small enough for any CPU."""
+LOGITS_PER_BATCH = 2**28
+"""Logits held at once, 0.5 GiB in bfloat16. Ours; one sequence alone may need more."""
+LOGITS_PER_BLOCK = 2**24
+"""Logits held in float32 at once, 64 MiB. Ours."""
+
+Masked = tuple[Sequence[int], Sequence[int]]
+"""Token ids and, for each, whether it is scored."""
+
+
+def token_logprobs(
+    model: Any,
+    sequences: Sequence[Masked],
+    pad_id: int,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[NDArray[np.float32]]:
+    """Log-probability in nats of every masked token given all tokens before it.
+
+    The first token of a sequence has nothing before it: it is never scored, so a mask that starts
+    with 1 gives one value fewer than it has ones (`unscored` counts them; begin with `start_token`
+    where that matters). The softmax is float32 whatever the model's type. In float32 a value
+    depends on the other sequences, the order and the batch size by less than 1e-5; in bfloat16 by
+    that type's rounding.
+
+    Args:
+        model: Causal language model or PeftModel, in evaluation mode; virtual prompt tokens are
+            allowed for.
+        sequences: `(ids, mask)` per sequence, both of length T.
+        pad_id: Any valid token id; padding is on the right and masked.
+        tokens_per_batch: Rows x width of a batch at most; one longer sequence goes alone.
+        on_batch: Called after each batch with the number of sequences answered by it and of
+            tokens computed in it (without padding).
+
+    Returns:
+        Per sequence, in input order, a float32 array `(scored,)`; empty where nothing is scored.
+
+    Raises:
+        ValueError: A mask is not as long as its ids.
+    """
+    needed = [_predicting(ids, mask) for ids, mask in sequences]
+    inputs = [
+        list(ids[: int(at[-1]) + 1]) if len(at) else []
+        for (ids, _), at in zip(sequences, needed, strict=True)
+    ]
+    guests = _hosts(inputs)
+    # Longest first, as too large a batch should fail at once; then by where scoring starts.
+    order = sorted(guests, key=lambda i: (-len(inputs[i]), min(needed[g][0] for g in guests[i]), i))
+    results = [np.zeros(0, np.float32) for _ in sequences]
+    runner = _Runner(model, pad_id)
+    for batch in budgeted([len(inputs[i]) for i in order], tokens_per_batch):
+        hosts = [order[k] for k in batch]
+        cells = [(row, guest) for row, host in enumerate(hosts) for guest in guests[host]]
+        rows = np.concatenate([np.full(len(needed[guest]), row) for row, guest in cells])
+        positions = np.concatenate([needed[guest] for _, guest in cells])
+        targets = np.concatenate(
+            [np.asarray(sequences[guest][0])[needed[guest] + 1] for _, guest in cells]
+        )
+        values = runner.score([inputs[i] for i in hosts], _Cells(rows, positions, targets))
+        ends = np.cumsum([len(needed[guest]) for _, guest in cells])
+        for (_, guest), part in zip(cells, np.split(values, ends[:-1]), strict=True):
+            results[guest] = part
+        if on_batch is not None:
+            on_batch(len(cells), sum(len(inputs[i]) for i in hosts))
+    return results
+
+
+def unscored(sequences: Sequence[Masked]) -> int:
+    """How many masked tokens have nothing before them and so no log-probability."""
+    return sum(1 for _, mask in sequences if len(mask) and mask[0])
+
+
+def budgeted(widths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Consecutive indices in batches with rows x (largest width) within `tokens_per_batch`.
+
+    A width above the budget gets a batch of its own. Sort by width first to save padding.
+    """
+    batch: list[int] = []
+    largest = 0
+    for index, width in enumerate(widths):
+        largest = max(largest, width)
+        if batch and (len(batch) + 1) * largest > tokens_per_batch:
+            yield batch
+            batch, largest = [], width
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token before an empty context: BOS, else EOS (lm-eval's `prefix_token_id`), else None."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if bos is None else bos
+
+
+def padding_token(tokenizer: Any) -> int:
+    """An id to pad with: the pad token, else EOS, else 0. Padding is always masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def context_length(model: Any) -> int:
+    """Tokens that the loaded model takes at once, less its virtual prompt tokens if it has any.
+
+    Reads the config (`max_position_embeddings` and its older names); 2048 where it says nothing,
+    as lm-eval assumes.
+    """
+    config = model.config.get_text_config()
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length - virtual
+    return 2048 - virtual
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model takes its input."""
+    return next(model.parameters()).device
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """What to read from a batch: at `rows`, `positions` the log-probability of `targets`, (m,)."""
+
+    rows: NDArray[Any]
+    positions: NDArray[Any]
+    targets: NDArray[Any]
+
+    def of_rows(self, first: int, end: int) -> _Cells:
+        """The cells of the rows `first` to `end`; cells come sorted by row."""
+        a, b = np.searchsorted(self.rows, [first, end])
+        return _Cells(self.rows[a:b] - first, self.positions[a:b], self.targets[a:b])
+
+
+class _Runner:
+    """One model, asked what it can do once."""
+
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self.model, self.pad_id = model, pad_id
+        self.device = device_of(model)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        accepted = inspect.signature(inner.forward).parameters
+        # An index tensor cannot be on every device of a model that is spread over several.
+        spread = len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1
+        self.keeps = "logits_to_keep" in accepted and not spread
+        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def score(self, rows: Sequence[Sequence[int]], cells: _Cells) -> NDArray[np.float32]:
+        """Log-probabilities `(m,)` of the cells, halving the batch while its logits are too many."""
+        kept = np.unique(cells.positions)
+        columns = len(kept) if self.keeps else max(map(len, rows))
+        if len(rows) > 1 and len(rows) * columns * self.vocabulary > LOGITS_PER_BATCH:
+            half = len(rows) // 2
+            parts = ((0, half), (half, len(rows)))
+            return np.concatenate([self.score(rows[a:b], cells.of_rows(a, b)) for a, b in parts])
+        with torch.inference_mode():
+            return _log_softmax_at(self._logits(rows, kept), kept, cells)
+
+    def _logits(self, rows: Sequence[Sequence[int]], kept: NDArray[Any]) -> torch.Tensor:
+        """Logits `(b, k, V)` at the positions `kept` of every row."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id)  # (b, T)
+        attention = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            attention[i, : len(row)] = 1
+        inputs = {
+            "input_ids": ids.to(self.device),
+            "attention_mask": attention.to(self.device),
+            **self.options,
+        }
+        # Counted from the end, because prompt tuning puts virtual tokens in front.
+        at = torch.from_numpy(kept - width).to(self.device)
+        if self.keeps:
+            return self.model(**inputs, logits_to_keep=at).logits
+        logits = self.model(**inputs).logits
+        return logits[:, at.to(logits.device)]
+
+
+def _log_softmax_at(
+    logits: torch.Tensor, kept: NDArray[Any], cells: _Cells
+) -> NDArray[np.float32]:
+    """`log softmax(logits)[target]` of every cell `(m,)`, a block of cells at a time."""
+    vocabulary = logits.shape[-1]
+    flat = logits.reshape(-1, vocabulary)  # (b * k, V)
+    index = cells.rows * len(kept) + np.searchsorted(kept, cells.positions)
+    at = torch.from_numpy(index).to(logits.device)
+    targets = torch.from_numpy(cells.targets).to(logits.device)
+    size = max(1, LOGITS_PER_BLOCK // vocabulary)
+    values = []
+    for start in range(0, len(at), size):
+        part = slice(start, start + size)
+        block = flat[at[part]].float()  # (size, V)
+        chosen = block.gather(1, targets[part, None])[:, 0]
+        values.append(chosen - block.logsumexp(1))
+    return torch.cat(values).cpu().numpy()
+
+
+def _predicting(ids: Sequence[int], mask: Sequence[int]) -> NDArray[np.int64]:
+    """Positions whose next token is scored."""
+    if len(ids) != len(mask):
+        raise ValueError(f"a sequence of {len(ids)} tokens has a mask of {len(mask)}")
+    return np.flatnonzero(np.asarray(mask[1:], dtype=bool)).astype(np.int64)
+
+
+def _hosts(inputs: Sequence[list[int]]) -> dict[int, list[int]]:
+    """Which sequences must be computed, and whom each serves: all whose input begins it.
+
+    In lexicographic order an input that begins any other begins the next one.
+    """
+    order = sorted((i for i in range(len(inputs)) if inputs[i]), key=inputs.__getitem__)
+    guests: dict[int, list[int]] = {}
+    host = -1
+    for here, after in reversed([*zip(order, [*order[1:], None], strict=True)]):
+        if after is None or inputs[after][: len(inputs[here])] != inputs[here]:
+            host = here
+        guests.setdefault(host, []).append(here)
+    return guests

@@ -1,0 +1,342 @@
+"""Training by gradient: `transformers.Trainer` with checked masks, whole checkpoints and a ledger.
+
+There is no training loop here. What is added to the Trainer: labels from the response mask, a
+stop at the first loss that is not finite, checkpoints that are whole or absent, resumption from
+the last whole one, early stopping on a measurement passed in, and the cost ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from deltaloom.core.atomic import write_json
+from deltaloom.core.encoding import Encoded
+from deltaloom.core.errors import WorkError
+from deltaloom.core.method import Evaluation
+from deltaloom.core.progress import progress, say
+from deltaloom.core.run import Run
+from deltaloom.engine.meter import count_training
+
+WHOLE = "whole.json"
+"""Marker written last into a checkpoint: without it the checkpoint was interrupted."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `fit` needs to know; the tuners' fields say what each means and where it is from."""
+
+    epochs: float
+    lr: float
+    batch_size: int
+    micro_batch: int | None = None
+    schedule: str = "linear"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int | None = None
+    keep: int | None = 2
+    patience: int = 3
+    trainable: Literal["all", "adapter"] = "all"
+
+
+@dataclass
+class Fitted:
+    """What came of it."""
+
+    model: Any
+    steps: int
+    best: dict[str, float] | None = None
+    checkpoints: list[Path] = field(default_factory=list)
+
+
+def fit(
+    model: Any,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    settings: TrainSettings,
+    run: Run,
+    *,
+    tokenizer: Any = None,
+    evaluation: Evaluation | None = None,
+    folder: str = "checkpoints",
+    after_epoch: Callable[[Trainer, int], None] | None = None,
+) -> Fitted:
+    """Train `model` in place on `rows`; resumes from `run.work / folder` when it holds work.
+
+    `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written.
+    Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
+    """
+    set_seed(run.seed)
+    home = run.work / folder
+    last = _last_whole(home)
+    run.rewind(_step_of(last))
+    batches = math.ceil(len(rows) / settings.batch_size)
+    total = math.ceil(batches * settings.epochs)
+    arguments = _arguments(settings, home, total, run.seed)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(rows),
+        data_collator=lambda batch: collate(batch, pad_id),
+    )
+    trainer.last_whole = last
+    trainer.remove_callback("PrinterCallback")
+    trainer.add_callback(_Ledger(run, settings, total, _step_of(last)))
+    watcher = None
+    if after_epoch is not None:
+        trainer.add_callback(_AfterEpoch(trainer, after_epoch))
+    if evaluation is not None:
+        watcher = _EarlyStop(trainer, tokenizer, evaluation, run, settings.patience, batches)
+        trainer.add_callback(watcher)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if watcher is not None:
+        watcher.restore(model)
+    return Fitted(
+        model, trainer.state.global_step, watcher.best if watcher else None, _checkpoints(home)
+    )
+
+
+def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad a batch on the right; labels are -100 wherever the response mask is 0. All (b, T)."""
+    width = max(len(row.input_ids) for row in batch)
+    ids = torch.full((len(batch), width), pad_id)
+    attention = torch.zeros((len(batch), width), dtype=torch.long)
+    labels = torch.full((len(batch), width), -100)
+    for i, row in enumerate(batch):
+        length = len(row.input_ids)
+        own = torch.tensor(row.input_ids)
+        ids[i, :length] = own
+        attention[i, :length] = 1
+        labels[i, :length] = own.masked_fill(torch.tensor(row.response_mask) == 0, -100)
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+class _Trainer(Trainer):
+    """Stops at a loss that is not finite; leaves no half-written checkpoint."""
+
+    last_whole: Path | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            raise WorkError(
+                f"the loss is {loss.item()} at step {step}; {self._fallback()}; "
+                f"try a smaller lr (it is {self.args.learning_rate:g}) or float32"
+            )
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        goal = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            write_json(goal / WHOLE, {"step": self.state.global_step})
+        except Exception as error:
+            shutil.rmtree(goal, ignore_errors=True)
+            raise WorkError(
+                f"checkpoint {goal} could not be written ({error}); {self._fallback()}"
+            ) from error
+        self.last_whole = goal
+
+    def _fallback(self) -> str:
+        if self.last_whole is None:
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {self.last_whole}"
+
+
+class _Ledger(TrainerCallback):
+    """Metrics to the run's log, tokens to its ledger, progress to stderr."""
+
+    def __init__(self, run: Run, settings: TrainSettings, total: int, done: int) -> None:
+        self.run, self.settings = run, settings
+        self.total, self.done = total, done
+        self.tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._context = progress("tuning", self.total, self.done)
+        self.advance = self._context.__enter__()
+        self.tokens = state.num_input_tokens_seen
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if "loss" in logs:
+            names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
+            values = {new: float(logs[old]) for old, new in names.items() if old in logs}
+            self.run.log(step=state.global_step, epoch=round(state.epoch, 6), **values)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self._account(state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self._account(state, model)
+        self._context.__exit__(None, None, None)
+
+    def _account(self, state: Any, model: Any) -> None:
+        seen = int(state.num_input_tokens_seen)
+        count_training(self.run, model, seen - self.tokens, trainable=self.settings.trainable)
+        self.tokens = seen
+        self.run.save()
+
+
+class _AfterEpoch(TrainerCallback):
+    def __init__(self, trainer: Trainer, call: Callable[[Trainer, int], None]) -> None:
+        self.trainer, self.call = trainer, call
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.call(self.trainer, round(state.epoch))
+
+
+class _EarlyStop(TrainerCallback):
+    """Measure now and then, keep the best weights, stop after `patience` without a better one."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tokenizer: Any,
+        evaluation: Evaluation,
+        run: Run,
+        patience: int,
+        per_epoch: int,
+    ) -> None:
+        self.trainer, self.tokenizer, self.evaluation, self.run = (
+            trainer,
+            tokenizer,
+            evaluation,
+            run,
+        )
+        self.patience = patience
+        self.every = evaluation.every or per_epoch
+        self.path = run.work / "evaluations.json"
+        self.weights = run.work / "best.safetensors"
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation so far; the earliest of equals."""
+        return max(self.history, key=lambda one: (one["merit"], -one["step"]), default=None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.path.exists():
+            past = json.loads(self.path.read_text(encoding="utf-8"))
+            self.history = [one for one in past if one["step"] <= state.global_step]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every:
+            return
+        estimate = self.evaluation.method.measure(
+            model, self.tokenizer, self.evaluation.data, self.run
+        )
+        model.train()
+        merit = estimate.value if estimate.better == "higher" else -estimate.value
+        before = self.best
+        self.history.append({"step": state.global_step, "value": estimate.value, "merit": merit})
+        self.run.log(step=state.global_step, **{f"evaluation_{estimate.metric}": estimate.value})
+        if before is None or merit > before["merit"]:
+            _save_trainable(model, self.weights)
+        write_json(self.path, self.history)
+        best = self.best
+        assert best is not None
+        if sum(one["step"] > best["step"] for one in self.history) >= self.patience:
+            say(f"no better evaluation since step {best['step']}: stopping")
+            control.should_training_stop = True
+
+    def restore(self, model: Any) -> None:
+        """Put the best weights back."""
+        from safetensors.torch import load_file
+
+        if self.weights.exists():
+            found = load_file(self.weights)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in found:
+                        parameter.copy_(found[name])
+
+
+def _save_trainable(model: Any, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    named = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(named, temporary)
+    temporary.replace(path)
+
+
+def _arguments(
+    settings: TrainSettings, home: Path, total: int, seed: int
+) -> TrainingArguments:
+    micro = settings.micro_batch or settings.batch_size
+    by_epoch = settings.save_steps == 0
+    return TrainingArguments(
+        output_dir=str(home),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        bf16=settings.precision == "bfloat16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="epoch" if by_epoch else "steps",
+        save_steps=settings.save_steps or max(1, math.ceil(total / 10)),
+        save_total_limit=settings.keep,
+        logging_steps=max(1, total // 100),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=seed,
+        data_seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _checkpoints(home: Path) -> list[Path]:
+    found = [path for path in home.glob("checkpoint-*") if (path / WHOLE).exists()]
+    return sorted(found, key=_step_of)
+
+
+def _last_whole(home: Path) -> Path | None:
+    whole = _checkpoints(home)
+    for path in home.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
+
+
+def _step_of(path: Path | None) -> int:
+    return int(path.name.rpartition("-")[2]) if path else 0

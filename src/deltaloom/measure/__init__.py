@@ -1,0 +1,1 @@
+"""Methods that measure a model on examples; one file each."""

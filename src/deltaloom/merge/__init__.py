@@ -1,0 +1,1 @@
+"""Methods that merge deltas of one base; one file each, a family as a table."""

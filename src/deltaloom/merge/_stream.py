@@ -1,0 +1,332 @@
+"""The streaming merge: tensors in blocks through a rule, in memory that does not grow with them.
+
+The plan comes from file headers; the output's layout is fixed before its first byte; threads take
+whole tensors, largest first, and push fixed buffers through a rule block by block (float32 inside,
+float64 where the base is, rounded once). A rule that needs a statistic of the whole tensor asks for
+scans before the pass that writes: the file is read again, from the page cache, rather than kept.
+
+The result is in a temporary folder beside the output until it is whole and on the disk, then it is
+renamed. What a killed merge left is removed by the next one. No model library is loaded, torch
+neither: a rule in torch can wrap the block's arrays with `torch.from_numpy`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from deltaloom.core.errors import InputError, WorkError
+from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter, sync_folder
+from deltaloom.merge import _kernels as kernels
+from deltaloom.merge._sources import (
+    FLOATS,
+    Part,
+    Source,
+    StoredPart,
+    narrow,
+    open_source,
+    same_bytes,
+)
+
+BLOCK = 1 << 16
+"""Elements per block: with three models the float32 buffers stay near a megabyte, in cache."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+NOT_COPIED = (
+    "README.md",
+    "trainer_state.json",
+    "run.json",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "delta.json",
+)
+
+
+@dataclass(slots=True)
+class Block:
+    """Flat elements start..start+n of one tensor; a rule may overwrite `models`."""
+
+    start: int
+    base: np.ndarray
+    """(n,) values of the base; not filled when the rule does not need them."""
+    models: np.ndarray
+    """(k, n) per source, in order: changes over the base, or values, as the rule's `form` says."""
+    out: np.ndarray
+    """(n,) to be filled by `write`."""
+
+
+class TensorRule(Protocol):
+    """A rule at work on one tensor; blocks come in rising order, from one thread."""
+
+    scans: int
+    """Passes over the tensor before the one that writes."""
+
+    def scan(self, number: int, block: Block) -> None:
+        """See one block in scan `number`, counted from 0."""
+        ...
+
+    def scanned(self, number: int) -> None:
+        """Scan `number` has seen the whole tensor."""
+        ...
+
+    def write(self, block: Block) -> None:
+        """Fill `block.out`."""
+        ...
+
+
+class Rule(Protocol):
+    """How one tensor of the base and the same tensor of every source become one."""
+
+    form: Literal["changes", "values"]
+    needs_base: bool
+    """Whether `Block.base` is read."""
+
+    def begin(self, tensor: TensorEntry, models: int) -> TensorRule:
+        """Start on one tensor."""
+        ...
+
+
+class Workspace:
+    """The buffers of one thread, for `models` sources and blocks of `size` elements."""
+
+    def __init__(self, models: int, size: int):
+        self.models, self.size = models, size
+        self.raw = np.empty(8 * size, np.uint8)
+        self.floats: dict[np.dtype, np.ndarray] = {}
+
+    def block(self, start: int, n: int, dtype: np.dtype) -> Block:
+        """Views for n <= size elements; what they hold is left over."""
+        if dtype not in self.floats:
+            self.floats[dtype] = np.empty((self.models + 2) * self.size, dtype)
+        flat, k = self.floats[dtype], self.models
+        # cut so that `models` is contiguous for every n: one compiled form of each kernel
+        models = flat[: k * n].reshape(k, n)
+        return Block(start, flat[k * n : (k + 1) * n], models, flat[(k + 1) * n : (k + 2) * n])
+
+
+@dataclass
+class Merge:
+    """One merge: what is read, the rule, and where it goes."""
+
+    base: TensorFolder
+    sources: list[Source]
+    rule: Rule
+    writer: TensorWriter
+    block: int
+    stop: threading.Event
+
+    def tensor(self, name: str, space: Workspace) -> None:
+        """Merge one tensor and write it."""
+        tensor = self.base[name]
+        target = self.writer.entries[name]
+        if tensor.dtype not in FLOATS:
+            return self._copy_equal(tensor, space)
+        parts = [source.part(tensor) for source in self.sources]
+        own = StoredPart(self.base, tensor)
+        work = np.dtype(np.float64 if tensor.dtype == "F64" else np.float32)
+        if all(part is None for part in parts):
+            for block in self._blocks(tensor, space, work):
+                own.fill(block.start, block.out, space.raw)
+                self._put(block, target, space)
+            return None
+        rule = self.rule.begin(tensor, len(parts))
+        for number in range(rule.scans):
+            for block in self._blocks(tensor, space, work):
+                self._fill(block, own, parts, space)
+                rule.scan(number, block)
+            rule.scanned(number)
+        for block in self._blocks(tensor, space, work):
+            self._fill(block, own, parts, space)
+            rule.write(block)
+            self._put(block, target, space)
+        return None
+
+    def _blocks(self, tensor: TensorEntry, space: Workspace, work: np.dtype) -> Iterator[Block]:
+        for start in range(0, tensor.count, space.size):
+            if self.stop.is_set():
+                raise WorkError("the merge was stopped")
+            yield space.block(start, min(space.size, tensor.count - start), work)
+
+    def _fill(
+        self, block: Block, own: StoredPart, parts: list[Part | None], space: Workspace
+    ) -> None:
+        changes = self.rule.form == "changes"
+        if self.rule.needs_base or any(p is None or p.gives_change != changes for p in parts):
+            own.fill(block.start, block.base, space.raw)
+        for out, part in zip(block.models, parts, strict=True):
+            if part is None:
+                out[:] = 0 if changes else block.base
+                continue
+            part.fill(block.start, out, space.raw)
+            if changes and not part.gives_change:
+                kernels.subtract(out, block.base)
+            elif part.gives_change and not changes:
+                out += block.base
+
+    def _put(self, block: Block, target: TensorEntry, space: Workspace) -> None:
+        raw = space.raw[: block.out.size * target.itemsize]
+        narrow(block.out, target.dtype, raw)
+        self.writer.write(target.name, block.start, raw)
+
+    def _copy_equal(self, tensor: TensorEntry, space: Workspace) -> None:
+        for source in self.sources:
+            part = source.part(tensor)
+            if isinstance(part, StoredPart) and not (
+                part.tensor.dtype == tensor.dtype
+                and same_bytes(part.folder, part.tensor.name, self.base, tensor.name)
+            ):
+                raise InputError(
+                    f"{source.path}: tensor {tensor.name!r} ({tensor.dtype}) is not a float and "
+                    f"differs from the base {self.base.path}; it cannot be merged"
+                )
+        for block in self._blocks(tensor, space, np.dtype(np.float32)):
+            raw = space.raw[: block.out.size * tensor.itemsize]
+            self.base.read_into(tensor.name, block.start, raw)
+            self.writer.write(tensor.name, block.start, raw)
+
+    def run(self, threads: int, progress: Callable[[int], None] | None) -> None:
+        """Merge every tensor with `threads` threads; the first error stops all of them."""
+        local = threading.local()
+
+        def one(name: str) -> None:
+            if not hasattr(local, "space"):
+                local.space = Workspace(len(self.sources), self.block)
+            try:
+                self.tensor(name, local.space)
+                if progress:
+                    with lock:
+                        progress(self.writer.entries[name].nbytes)
+            except BaseException as error:
+                if not self.stop.is_set():
+                    first.append(error)  # later ones only say that they were stopped
+                self.stop.set()
+                raise
+
+        first: list[BaseException] = []
+        lock = threading.Lock()
+        names = sorted(self.base, key=lambda name: (-self.base[name].nbytes, name))
+        with ThreadPoolExecutor(threads, "merge") as pool:
+            jobs = [pool.submit(one, name) for name in names]
+            try:
+                wait(jobs, return_when=FIRST_EXCEPTION)
+            except BaseException as error:
+                first.insert(0, error)
+                self.stop.set()
+            pool.shutdown(wait=True, cancel_futures=bool(first))
+        if first:
+            raise first[0]
+
+
+def merge_folders(
+    base_folder: str | Path,
+    source_folders: Sequence[str | Path],
+    rule: Rule,
+    out_folder: str | Path,
+    *,
+    threads: int | None = None,
+    block: int = BLOCK,
+    shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Merge local source folders over a local base folder into the new model folder `out_folder`.
+
+    Sources are whole models, PEFT LoRA adapters or stored changes; config, tokenizer and the like
+    are copied from the base. The output has the base's dtype tensor by tensor unless `dtype` (a
+    torch name such as "bfloat16") is given for its float tensors; a tensor that no source changes
+    is copied. The bytes of a tensor depend neither on `threads` (default: two, fewer on one core)
+    nor on `block` (elements) nor on how the inputs are cut into shards. `progress` gets the bytes
+    of each tensor written. Returns `out_folder`.
+
+    Raises InputError for folders that cannot be merged or an output that is already there,
+    WorkError when another process writes the same output.
+    """
+    out = Path(out_folder)
+    base = TensorFolder(base_folder)
+    sources = [open_source(folder) for folder in source_folders]
+    if not sources:
+        raise InputError("nothing to merge: give at least one model or adapter folder")
+    code = _code(dtype)
+    for name, entry in base.items():
+        if entry.dtype.startswith("F8"):
+            raise InputError(
+                f"{base.path}: tensor {name!r} is {entry.dtype}; 8-bit floats do not merge, "
+                "convert the model to bfloat16 first"
+            )
+    for source in sources:
+        source.check(base)
+    layout = [
+        (name, code if code and entry.dtype in FLOATS else entry.dtype, entry.shape)
+        for name, entry in base.items()
+    ]
+    with _published(out) as folder:
+        writer = TensorWriter(folder, layout, shard_bytes=shard_bytes)
+        try:
+            copy_companions(base.path, folder, dtype)
+            job = Merge(base, sources, rule, writer, block, threading.Event())
+            job.run(threads or min(2, os.cpu_count() or 1), progress)
+            writer.finish()
+        finally:
+            writer.close()
+    return out
+
+
+def _code(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    codes = {name: code for code, (_, name) in DTYPES.items() if code in FLOATS}
+    if dtype not in codes:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(codes)}")
+    return codes[dtype]
+
+
+def copy_companions(source: Path, target: Path, dtype: str | None = None) -> None:
+    """Copy what makes weights a model (config, tokenizer, templates, code), never weights."""
+    for file in sorted(source.iterdir()):
+        weights = file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+        if file.is_file() and not weights and file.name[0] != "." and file.name not in NOT_COPIED:
+            shutil.copyfile(file, target / file.name)
+    config = target / "config.json"
+    if dtype and config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values = {key: value for key, value in values.items() if key != "torch_dtype"}
+        config.write_text(json.dumps({**values, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A locked, empty temporary folder beside `out` that takes its place when all went well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is already there; remove it or choose another output folder")
+    folder = out.with_name(f".{out.name}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            # the lock dies with its process, so a killed merge does not block the next one
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(folder).st_ino != os.fstat(lock).st_ino:
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise WorkError(f"{out} is being written by another process; wait for it") from None
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield folder
+            os.replace(folder, out)
+            sync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)

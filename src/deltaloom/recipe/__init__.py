@@ -1,0 +1,1 @@
+"""Recipes: steps checked, planned and run."""

@@ -1,0 +1,276 @@
+"""Running steps and recipes: inputs resolved and hashed, one Run folder a step, resumed if there.
+
+A step's folder *is* its product: an adapter or model folder, or the selected rows, with `run.json`
+beside. In a recipe's folder each step has the folder of its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaloom.core.atomic import write_json
+from deltaloom.core.base import Base
+from deltaloom.core.errors import InputError, suggest
+from deltaloom.core.estimate import Estimate, compare
+from deltaloom.core.examples import Examples
+from deltaloom.core.method import Evaluation, get
+from deltaloom.core.progress import say
+from deltaloom.core.run import COUNTERS, Run
+from deltaloom.recipe.card import write_card
+from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, SelectStep, TuneStep
+
+if TYPE_CHECKING:
+    from deltaloom.core.delta import Delta
+
+SELECTED, SCORES, ESTIMATE = "selected.jsonl", "scores", "estimate.json"
+
+
+class Inputs:
+    """A step's inputs, resolved: earlier steps become folders, names become rows and bases."""
+
+    def __init__(self, planned: Planned, earlier: Mapping[str, Path]) -> None:
+        self.step, self.method = planned.step, planned.method
+        self.earlier = earlier
+        self.hashes: dict[str, str] = {}
+        self.base = self._base()
+        self.data = {key: self._examples(key) for key in self.step.data_keys}
+
+    def folder(self, name: str) -> str:
+        """The folder of an earlier step of this name, else the name itself."""
+        return str(self.earlier.get(name, name))
+
+    def delta(self, name: str) -> Delta:
+        """The delta of this name over the step's base."""
+        from deltaloom.core.delta import load
+
+        assert self.base is not None
+        return load(self.folder(name), self.base)
+
+    def _base(self) -> Base | None:
+        if self.step.base is None:
+            return None
+        base = self.step.base.model_copy(update={"model": self.folder(self.step.base.model)})
+        base.check()
+        self.hashes["base"] = base.fingerprint()
+        return base
+
+    def _examples(self, key: str) -> list[Examples]:
+        names = getattr(self.step, key) or []
+        found = []
+        for name in names:
+            rows = Examples.read(self.folder(name))
+            self.hashes[f"{key} {name}"] = rows.digest()
+            found.append(rows)
+        return found
+
+    def rows(self, key: str) -> Examples | None:
+        """All rows of one input as one Examples with unique ids; None when it was not given."""
+        names = getattr(self.step, key)
+        if not names:
+            return None
+        if len(self.data[key]) == 1:
+            return self.data[key][0]
+        return Examples.read([self.folder(name) for name in names])
+
+
+def run_step(
+    planned: Planned, folder: Path, earlier: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
+    """Do one step in `folder`, or find it done there; returns its run record.
+
+    Raises InputError for bad input, WorkError for work that failed.
+    """
+    inputs = Inputs(planned, earlier or {})
+    with Run.open(folder, {"steps": [planned.record()]}, inputs.hashes, planned.step.seed) as run:
+        if run.done:
+            say(f"{planned.step.name}: already done in {folder}")
+            return run.record
+        say(f"{planned.step.name}: {planned.step.verb} {planned.step.method} -> {folder}")
+        results = DOING[planned.step.verb](planned, inputs, run)
+        run.finish(**results)
+        return run.record
+
+
+def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Do every step in its own folder inside `folder`, skipping those that are done."""
+    with Run.open(folder, recipe.record(), {}, editable=True) as run:
+        earlier: dict[str, Path] = {}
+        results: dict[str, Any] = {"steps": {}, "estimates": {}, "comparisons": {}}
+        cost = dict.fromkeys(COUNTERS, 0.0)
+        for planned in recipe.steps:
+            name = planned.step.name
+            record = run_step(planned, folder / name, earlier)
+            earlier[name] = folder / name
+            results["steps"][name] = {
+                "verb": planned.step.verb,
+                "method": planned.step.method,
+                "cost": record["cost"],
+            }
+            for part in ("estimates", "comparisons"):
+                results[part].update(record["results"].get(part, {}))
+            cost = {key: cost[key] + record["cost"][key] for key in COUNTERS}
+        _refresh_cards(recipe, folder, results["estimates"])
+        # The ledger of a recipe is the sum of its steps', whichever process did them.
+        run.finish(**results)
+        run.record["cost"].update(cost)
+        write_json(folder / "run.json", run.record)
+        return run.record
+
+
+def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
+    pool, target = inputs.rows("pool"), inputs.rows("target")
+    assert pool is not None
+    selection = planned.method.select(pool, run, target=target, base=inputs.base)
+    columns: dict[str, dict[str, Any]] = {}
+    if selection.scores is not None:
+        values = dict(zip(selection.scores.ids, selection.scores.index["score"], strict=True))
+        columns["score"] = values
+        os.replace(selection.scores.folder, run.folder / SCORES)
+    if selection.reasons:
+        columns["reason"] = selection.reasons
+    selection.chosen.write(run.folder / SELECTED, columns)
+    return {
+        "rows": len(selection.chosen),
+        "pool_rows": len(pool),
+        "pool_sources": dict(pool.sources()),
+        "selected_sources": dict(selection.chosen.sources()),
+    }
+
+
+def _tune(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
+    step, data, base = planned.step, inputs.rows("data"), inputs.base
+    assert isinstance(step, TuneStep)
+    assert data is not None
+    assert base is not None
+    delta = planned.method.tune(base, data, run, evaluation=_evaluation(step, inputs))
+    about = {
+        "base": base.model,
+        "fingerprint": base.fingerprint(),
+        "sources": dict(data.sources()),
+    }
+    write_card(run.folder, planned.record(), about)
+    return {"delta": delta.kind, "about": about}
+
+
+def _evaluation(step: TuneStep, inputs: Inputs) -> Evaluation | None:
+    if step.evaluate is None:
+        return None
+    method = get("measure", step.evaluate.method).make(step.evaluate.settings)
+    data = Examples.read([inputs.folder(name) for name in step.evaluate.data])
+    return Evaluation(method, data, step.evaluate.every)
+
+
+def _merge(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
+    assert inputs.base is not None
+    names = planned.step.deltas
+    delta = planned.method.merge(inputs.base, [inputs.delta(name) for name in names], run)
+    about = {"base": inputs.base.model, "fingerprint": inputs.base.fingerprint()}
+    write_card(run.folder, planned.record(), about)
+    return {"delta": delta.kind, "about": about}
+
+
+def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
+    step, base = planned.step, inputs.base
+    assert isinstance(step, MeasureStep)
+    assert base is not None
+    names = step.deltas or ["base"]
+    labels = {Path(name).name if "/" in name else name: name for name in names}
+    if len(labels) != len(names):
+        raise InputError(f"{step.name}: two of deltas have the same last name: {', '.join(names)}")
+    if step.compare is not None and step.compare not in labels:
+        raise InputError(
+            f"{step.name}: compare = {step.compare!r} is not measured here"
+            f"{suggest(step.compare, labels)}"
+        )
+    found: dict[tuple[str, str], Estimate] = {}
+    for label, name in labels.items():
+        loaded = _Once(lambda name=name: _load(name, inputs))
+        for data in inputs.data["tasks"]:
+            task = Path(data.name).stem
+            part = run.part(f"{label}--{task}")
+            found[label, task] = _estimate(planned, loaded, data, part, f"{label} on {task}")
+        run.save()
+    return _measured(found, step.compare)
+
+
+class _Once:
+    """Loads on first use, so that a finished measurement loads nothing again."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load, self._value = load, None
+
+    def __call__(self) -> Any:
+        if self._value is None:
+            self._value = self._load()
+        return self._value
+
+
+def _load(name: str, inputs: Inputs) -> tuple[Any, Any]:
+    base = inputs.base
+    assert base is not None
+    model = base.load() if name == "base" else inputs.delta(name).apply(base)
+    return model, base.tokenizer()
+
+
+def _estimate(
+    planned: Planned, loaded: Callable[[], Any], data: Examples, part: Run, of: str
+) -> Estimate:
+    path = part.folder / ESTIMATE
+    if path.exists():
+        return Estimate.from_json(json.loads(path.read_text(encoding="utf-8")))
+    model, tokenizer = loaded()
+    estimate = replace(planned.method.measure(model, tokenizer, data, part), of=of)
+    write_json(path, estimate.to_json())
+    say(f"{of}: {estimate.summary()}")
+    return estimate
+
+
+def _measured(found: dict[tuple[str, str], Estimate], against: str | None) -> dict[str, Any]:
+    estimates = {
+        f"{label}/{task}/{one.metric}": brief(one) for (label, task), one in found.items()
+    }
+    comparisons = {}
+    for (label, task), one in found.items():
+        if against is not None and label != against:
+            paired = compare(one, found[against, task])
+            key = f"{label} - {against}/{task}/{one.metric}"
+            comparisons[key] = {
+                **brief(paired.difference),
+                "p": paired.p_value,
+                "favours": {"a": label, "b": against}.get(paired.favours, "neither"),
+            }
+    return {"estimates": estimates, "comparisons": comparisons}
+
+
+def brief(estimate: Estimate) -> dict[str, Any]:
+    """An estimate without its items, for records and tables."""
+    full = estimate.to_json()
+    return {key: value for key, value in full.items() if key not in ("items", "weights", "clusters")}
+
+
+def _refresh_cards(recipe: Recipe, folder: Path, estimates: dict[str, Any]) -> None:
+    """Write into each product's card what later steps measured of it."""
+    for planned in recipe.steps:
+        name = planned.step.name
+        if planned.step.verb in ("tune", "merge"):
+            own = {
+                key.partition("/")[2]: one
+                for key, one in estimates.items()
+                if key.startswith(f"{name}/")
+            }
+            about = Run.read(folder / name)["results"]["about"]
+            write_card(folder / name, planned.record(), about, own)
+
+
+DOING: dict[str, Callable[[Planned, Inputs, Run], dict[str, Any]]] = {
+    "select": _select,
+    "tune": _tune,
+    "merge": _merge,
+    "measure": _measure,
+}
+"""What each verb does with its checked inputs."""

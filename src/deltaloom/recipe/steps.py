@@ -1,0 +1,264 @@
+"""Steps and recipes: what the shell and YAML say, checked before anything is loaded.
+
+A step is one verb with its inputs (`pool`, `data`, `deltas`, ...) and its method's settings in one
+flat mapping; inputs may name earlier steps. The shell's `deltaloom tune lora data=d.jsonl lr=1e-4`
+is the one-step recipe `tune: {method: lora, data: d.jsonl, lr: 1e-4}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from deltaloom.core.base import Base
+from deltaloom.core.errors import InputError, suggest
+from deltaloom.core.method import VERBS, Method, get, methods
+from deltaloom.core.spec import Spec
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_base(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+BaseField = Annotated[Base, BeforeValidator(_as_base)]
+
+
+class Step(Spec):
+    """What every step has."""
+
+    verb: ClassVar[str]
+    data_keys: ClassVar[tuple[str, ...]] = ()
+
+    name: str
+    """Name by which later steps, overrides and reports call this step."""
+    method: str
+    """Name of the method, as `deltaloom ls` shows it."""
+    base: BaseField | None = None
+    """Model to work on: hub id, folder, an earlier step, or a mapping with model, revision,
+    dtype, device, trust_remote_code. The recipe's own `base` when left out."""
+    seed: int = 0
+    """Seed of every random choice. The recipe's own `seed` when left out."""
+
+
+class SelectStep(Step):
+    """Choose rows of a pool."""
+
+    verb = "select"
+    data_keys = ("pool", "target")
+
+    pool: Names
+    """Files, folders, dataset ids or earlier select steps to choose from."""
+    target: Names | None = None
+    """A few rows of what the model should become good at."""
+
+
+class EvaluateSpec(Spec):
+    """A measurement made while tuning."""
+
+    method: str = "loss"
+    """Measure method."""
+    data: Names
+    """Rows to measure on."""
+    every: Annotated[int | None, Field(ge=1)] = None
+    """Optimizer steps between evaluations; once an epoch when left out."""
+    settings: dict[str, Any] = {}
+    """Settings of the measure method."""
+
+
+def _as_evaluate(value: Any) -> Any:
+    return {"data": value} if isinstance(value, str | list) else value
+
+
+class TuneStep(Step):
+    """Tune the base on rows."""
+
+    verb = "tune"
+    data_keys = ("data",)
+
+    data: Names
+    """Files, folders, dataset ids or earlier select steps to learn from."""
+    evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_as_evaluate)] = None
+    """Stop early and keep the best weights by this measurement; a file name means its loss."""
+
+
+class MergeStep(Step):
+    """Merge deltas of one base."""
+
+    verb = "merge"
+
+    deltas: Names
+    """Adapter or model folders, hub ids or earlier tune and merge steps."""
+
+
+class MeasureStep(Step):
+    """Measure the base or deltas of it."""
+
+    verb = "measure"
+    data_keys = ("tasks",)
+
+    tasks: Names
+    """Files of questions or rows, one task each."""
+    deltas: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """What to measure; `base` is the base itself, and is all when the list is empty."""
+    compare: str | None = None
+    """One of the measured, against which every other is compared, item by item."""
+
+
+STEPS: dict[str, type[Step]] = {
+    cls.verb: cls for cls in (SelectStep, TuneStep, MergeStep, MeasureStep)
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A checked step with its method made."""
+
+    step: Step
+    method: Method
+
+    def record(self) -> dict[str, Any]:
+        """The step with every setting spelled out, as a recipe says it."""
+        inputs = self.step.model_dump(mode="json", exclude_none=True)
+        return {self.step.verb: {**inputs, **self.method.model_dump(mode="json")}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Checked steps in order."""
+
+    steps: tuple[Planned, ...]
+
+    def record(self) -> dict[str, Any]:
+        """The recipe with every setting spelled out."""
+        return {"steps": [planned.record() for planned in self.steps]}
+
+
+def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
+    """Check one step; raises InputError for an unknown or wrong key, naming it."""
+    values = dict(values)
+    cls = STEPS[verb]
+    if "method" not in values:
+        known = ", ".join(entry.name for entry in methods(verb))
+        raise InputError(f"{where}: 'method' is missing; known: {known}")
+    entry = get(verb, str(values["method"]))
+    values.setdefault("name", f"{verb}-{entry.name}")
+    fields = entry.load().model_fields
+    own = {key: values.pop(key) for key in list(values) if key in cls.model_fields}
+    for key in values:
+        if key not in fields:
+            known_keys = [*cls.model_fields, *fields]
+            raise InputError(f"{where}: unknown key {key!r}{suggest(key, known_keys)}")
+    method = entry.make(values)
+    step = cls.parse(own, where)
+    missing = [key for key in sorted(method.needs) if getattr(step, key, None) is None]
+    if missing:
+        raise InputError(f"{where}: {entry.name} needs {missing[0]}={_help(cls, missing[0])}")
+    if verb != "select" and step.base is None:
+        raise InputError(f"{where}: base= is missing{_help(cls, 'base')}")
+    return Planned(_absolute(step), method)
+
+
+def parse_recipe(content: Any, where: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Check a whole recipe; `overrides` maps `step.key` (or `base`, `seed`) to values."""
+    if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
+        raise InputError(f"{where}: a recipe is a mapping with a list of 'steps'")
+    unknown = sorted(content.keys() - {"base", "seed", "steps"})
+    if unknown:
+        raise InputError(
+            f"{where}: unknown key {unknown[0]!r}{suggest(unknown[0], ['base', 'seed', 'steps'])}"
+        )
+    steps = [_named(raw, number, where) for number, raw in enumerate(content["steps"], 1)]
+    content = {key: content[key] for key in ("base", "seed") if key in content}
+    _override(content, steps, overrides or {})
+    names: set[str] = set()
+    planned = []
+    for verb, values in steps:
+        here = f"{where}: step {values['name']}"
+        if values["name"] in names:
+            raise InputError(f"{here}: two steps have this name; set name: on one")
+        planned.append(parse_step(verb, {**content, **values}, here))
+        names.add(values["name"])
+    return Recipe(tuple(planned))
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file, loaded safely; raises InputError naming the line."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+
+
+def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` inside nested mappings."""
+    *path, last = dotted.split(".")
+    for part in path:
+        inner = values.setdefault(part, {})
+        if isinstance(inner, str) and part == "base":
+            inner = values[part] = {"model": inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"{dotted}: {part} is not a mapping")
+        values = inner
+    values[last] = value
+
+
+def _named(raw: Any, number: int, where: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(raw, dict) or len(raw) != 1:
+        raise InputError(f"{where}: step {number} must be one verb with its settings")
+    ((verb, values),) = raw.items()
+    if verb not in STEPS:
+        raise InputError(f"{where}: step {number}: no verb {verb!r}{suggest(str(verb), VERBS)}")
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: step {number}: {verb} needs a mapping of settings")
+    name = values.get("name") or f"{verb}-{values.get('method', '')}"
+    return verb, {**values, "name": str(name)}
+
+
+def _override(
+    content: dict[str, Any], steps: list[tuple[str, dict[str, Any]]], overrides: dict[str, Any]
+) -> None:
+    by_name = {values["name"]: values for _, values in steps}
+    for key, value in overrides.items():
+        head, _, rest = key.partition(".")
+        if rest and head in by_name:
+            assign(by_name[head], rest, value)
+        elif head in ("base", "seed"):
+            assign(content, key, value)
+        else:
+            known = [*by_name, "base", "seed"]
+            raise InputError(f"{key}: no step or recipe key {head!r}{suggest(head, known)}")
+
+
+def _absolute(step: Step) -> Step:
+    """Local paths made absolute, so that a recorded recipe replays from any folder."""
+    changes: dict[str, Any] = {}
+    for key in (*step.data_keys, "deltas"):
+        names = getattr(step, key, None)
+        if names:
+            changes[key] = [_path(name) for name in names]
+    if step.base is not None:
+        changes["base"] = step.base.model_copy(update={"model": _path(step.base.model)})
+    return step.model_copy(update=changes)
+
+
+def _path(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _help(cls: type[Step], key: str) -> str:
+    field = cls.model_fields[key]
+    return f" ({field.description})" if field.description else ""

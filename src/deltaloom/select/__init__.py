@@ -1,0 +1,1 @@
+"""Methods that choose rows of a pool; one file each."""

@@ -1,0 +1,1 @@
+"""Methods that tune a base on examples; one file each."""

@@ -1,0 +1,112 @@
+"""Tune low-rank adapters beside frozen weights (LoRA), through PEFT.
+
+Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685);
+rank-stabilised scaling from Kalajdzievski 2023 (arXiv 2312.03732).
+
+W' = W + (alpha / r) B A with A (r, in) random, B (out, r) zero; only A and B are trained.
+
+Differs: all linear modules but the output head carry an adapter (QLoRA, section 4, finds this is
+what matters), where the paper adapts attention only; `modules` narrows it.
+
+Not covered: quantised bases; DoRA and other variants that are no low-rank change.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, final
+
+from pydantic import Field
+
+from deltaloom.core.atomic import write_json
+from deltaloom.core.delta import Delta, describe, load
+from deltaloom.core.errors import InputError
+from deltaloom.core.method import Evaluation, Sizes, Work
+from deltaloom.tune._gradient import GradientTuner, train
+
+if TYPE_CHECKING:
+    from deltaloom.core.base import Base
+    from deltaloom.core.examples import Examples
+    from deltaloom.core.run import Run
+
+
+@final
+class Lora(GradientTuner):
+    """LoRA; the result is a PEFT adapter folder."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate (QLoRA, table 9: 2e-4)."""
+    r: Annotated[int, Field(ge=1)] = 8
+    """Rank of each module's change (PEFT's default: 8)."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Numerator of the scaling alpha / r (QLoRA: 16)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapters' input (PEFT's default: 0)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), so that the step does not shrink with the rank."""
+    modules: list[str] | None = None
+    """Names of the modules to adapt, by their last part (`[q_proj, v_proj]`); None adapts every
+    linear module but the output head."""
+
+    def work(self, sizes: Sizes) -> Work:
+        """The base, and float32 factors with gradient and Adam's moments; no activations."""
+        factors = 4.0 * self.r * sizes.linear_sides
+        return Work(
+            adapter_tokens=self.epochs * sizes.rows * sizes.row_tokens,
+            memory_bytes=sizes.weight_bytes + 4 * factors,
+            disk_bytes=2 * 3 * factors + factors,
+        )
+
+    def tune(
+        self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
+    ) -> Delta:
+        """Tune `base`; writes an adapter folder to `run.folder` and returns its LowRank Delta."""
+        model = self.attach(base, run.seed)
+        settings = self.train_settings(self.lr, trainable="adapter")
+        model = train(model, base, data, run, self, settings, evaluation)
+        result = run.work / "result"
+        save_adapter(model, result, base)
+        run.publish(result)
+        return load(run.folder, base)
+
+    def attach(self, base: Base, seed: int) -> Any:
+        """`base` loaded, with fresh adapters in float32 that `seed` decides."""
+        from peft import LoraConfig, get_peft_model
+        from transformers import set_seed
+
+        set_seed(seed)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.dropout,
+            use_rslora=self.rslora,
+            target_modules=self.modules or "all-linear",
+        )
+        model = base.load()
+        try:
+            model = get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(
+                f"tune lora: modules = {self.modules}: {base.model} has no such modules ({error})"
+            ) from None
+        if self.gradient_checkpointing:
+            # Frozen embeddings give activations without a gradient to recompute from.
+            model.enable_input_require_grads()
+        return model.train()
+
+
+def save_adapter(model: Any, folder: Path, base: Base) -> None:
+    """Write a PEFT adapter folder whose bytes depend on the weights alone."""
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # PEFT writes sets, whose order changes from process to process.
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            config[key] = sorted(value)
+    config["base_model_name_or_path"] = base.model
+    write_json(path, config)
+    (folder / "README.md").unlink(missing_ok=True)
+    describe(folder, "lowrank", base)
