@@ -6,8 +6,10 @@ input or usage, 130 interrupted and resumable.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,6 +136,7 @@ def _one_step(verb: str, method: str, settings: list[str] | None, json: bool) ->
 def main() -> None:
     """Entry point: errors become one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _quiet()
     try:
         app(standalone_mode=False)
     except (InputError, WorkError) as error:
@@ -149,6 +152,14 @@ def main() -> None:
         # A usage error of the command line itself: it carries its own sentence.
         error.show()  # pyright: ignore[reportAttributeAccessIssue]
         sys.exit(code)
+
+
+def _quiet() -> None:
+    """Silence other libraries' bars and advice on stderr, unless the user asked for them."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate)\.")
 
 
 def _interrupt(*_: Any) -> None:

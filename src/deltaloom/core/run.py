@@ -24,7 +24,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.spec import canonical
 
 SCHEMA = 1
-PACKAGES = ("deltaloom", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+PACKAGES = ("deltaloom", "torch", "transformers", "peft", "accelerate", "datasets")
 COUNTERS = ("wall_seconds", "cpu_seconds", "forward_tokens", "backward_tokens", "flops")
 PEAKS = ("peak_rss_bytes", "peak_device_bytes")
 

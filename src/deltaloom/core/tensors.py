@@ -214,7 +214,8 @@ class TensorFolder(Mapping[str, TensorEntry]):
         import torch
 
         dtype = getattr(torch, DTYPES[self[name].dtype][1])
-        return torch.from_numpy(self.raw(name, start, stop)).view(dtype)
+        raw = self.raw(name, start, stop)
+        return torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in its own dtype and shape."""

@@ -233,9 +233,10 @@ def _hosts(inputs: Sequence[list[int]]) -> dict[int, list[int]]:
     """
     order = sorted((i for i in range(len(inputs)) if inputs[i]), key=inputs.__getitem__)
     guests: dict[int, list[int]] = {}
-    host = -1
-    for here, after in reversed([*zip(order, [*order[1:], None], strict=True)]):
-        if after is None or inputs[after][: len(inputs[here])] != inputs[here]:
+    host = after = -1
+    for here in reversed(order):
+        if after < 0 or inputs[after][: len(inputs[here])] != inputs[here]:
             host = here
         guests.setdefault(host, []).append(here)
+        after = here
     return guests

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -93,9 +94,7 @@ def generate_greedily(
     )
     results: list[Any] = [None] * len(kept)
     with _only_settings(model, settings), torch.inference_mode():
-        widths = [len(kept[i]) + max_new_tokens for i in order]
-        for batch in budgeted(widths, tokens_per_batch):
-            chosen = [order[k] for k in batch]
+        for chosen in _batches(model, order, [*map(len, kept)], max_new_tokens, tokens_per_batch):
             answers = _batch(model, tokenizer, [kept[i] for i in chosen], settings, stop)
             for i, (text, new_tokens, finished) in zip(chosen, answers, strict=True):
                 cut = len(kept[i]) < len(prompts[i])
@@ -109,6 +108,19 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """The text before the first stop string in it, and whether there was one."""
     found = [place for place in map(text.find, stop) if place >= 0]
     return (text[: min(found)], True) if found else (text, False)
+
+
+def _batches(
+    model: Any, order: list[int], lengths: list[int], new: int, tokens_per_batch: int
+) -> Iterator[list[int]]:
+    """Batches of `order`, which is sorted by length, within the budget."""
+    # PEFT puts a prompt's virtual tokens before the padding and drops the position ids, so that
+    # shorter rows would see them too far away: rows of such a model must be of equal length.
+    alike = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+    for _, group in groupby(order, key=lambda i: lengths[i] if alike else None):
+        same = list(group)
+        for batch in budgeted([lengths[i] + new for i in same], tokens_per_batch):
+            yield [same[k] for k in batch]
 
 
 def _batch(
@@ -139,9 +151,9 @@ def _batch(
         # What follows is padding, and a pad token can be any token.
         first_end = next((k + 1 for k, token in enumerate(row) if token in ends), None)
         length = min(first_end or len(row), stopped_at or len(row))
-        text = tokenizer.decode(
-            row[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        # An end that only the model's config names need not be special to the tokenizer.
+        ids = row[: length - (first_end == length)]
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text, stopped = cut_at_stop(text, stop)
         results.append((text, length, stopped or first_end is not None))
     return results

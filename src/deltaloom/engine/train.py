@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from deltaloom.core.atomic import write_json
 from deltaloom.core.encoding import Encoded
@@ -91,7 +91,7 @@ def fit(
         data_collator=lambda batch: collate(batch, pad_id),
     )
     trainer.last_whole = last
-    trainer.remove_callback("PrinterCallback")
+    trainer.pop_callback(PrinterCallback)
     trainer.add_callback(_Ledger(run, settings, total, _step_of(last)))
     watcher = None
     if after_epoch is not None:
@@ -307,8 +307,8 @@ def _arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,
         bf16=settings.precision == "bfloat16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="epoch" if by_epoch else "steps",
         save_steps=settings.save_steps or max(1, math.ceil(total / 10)),
         save_total_limit=settings.keep,

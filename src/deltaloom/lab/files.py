@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import WorkError
+from ..core.errors import InputError, WorkError
 from . import tasks
 from .world import build_world
 
@@ -30,7 +30,7 @@ def write_lab(folder: str | Path, seed: int = 0, size: str = "full") -> dict[str
     the same bytes. `truth.jsonl` is for grading a selection, never for making one.
     """
     if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
+        raise InputError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
     rows, tested, questions = SIZES[size]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .corpus import documents
-from .tokenizer import BOS, EOS, PAD, build_tokenizer, vocabulary
+from .corpus import curriculum
+from .tokenizer import BOS, EOS, PAD, vocabulary
 from .world import build_world
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+TEXTS = 130_000
+LR = 4e-3
 BLOCK = 64
 BATCH = 16
 
@@ -83,6 +85,7 @@ def fit(model: "LlamaForCausalLM", rows: "torch.Tensor", *, epochs: float, lr: f
             warmup_steps=100,
             weight_decay=0.0,
             adam_beta2=0.98,
+            train_sampling_strategy="sequential",  # The corpus is in the order to be read.
             seed=seed,
             save_strategy="no",
             report_to=[],
@@ -91,3 +94,39 @@ def fit(model: "LlamaForCausalLM", rows: "torch.Tensor", *, epochs: float, lr: f
             remove_unused_columns=False,
         )
         Trainer(model, arguments, data_collator=collate, train_dataset=list(rows)).train()
+
+
+def pretrain(out: str | Path, texts: int = TEXTS, seed: int = 0) -> Path:
+    """Train the base on `texts` generated texts and write `out/base.safetensors` in float16."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    from .files import vocabulary_digest
+
+    torch.set_num_threads(1)  # The order of additions, and so the bytes, depend on it.
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(model_config())
+    fit(model, pack(curriculum(build_world(), texts, seed)), epochs=1, lr=LR, seed=seed)
+    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".base.safetensors.part"
+    save_file(weights, scratch, metadata={"format": "pt", "vocabulary": vocabulary_digest()})
+    return scratch.replace(folder / "base.safetensors")
+
+
+def main(arguments: list[str]) -> int:
+    """The command line: `out=FOLDER [texts=N] [seed=N]`."""
+    given = dict(item.split("=", 1) for item in arguments if "=" in item)
+    if len(given) < len(arguments) or "out" not in given or set(given) - {"out", "texts", "seed"}:
+        print(
+            "usage: python -m deltaloom.lab.pretrain out=FOLDER [texts=N] [seed=N]", file=sys.stderr
+        )
+        return 2
+    print(pretrain(given["out"], int(given.get("texts", TEXTS)), int(given.get("seed", 0))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

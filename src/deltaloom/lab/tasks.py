@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from . import corpus
-from .world import ATTRIBUTES, KINDS, World
+from .world import ATTRIBUTES, World
 
 TARGETS = ("home", "pet", "hat")
 
@@ -56,9 +56,7 @@ class Row:
 
 
 def _question(template: str, name: str, attribute: str, rng: random.Random) -> str:
-    return template.format(
-        opener=rng.choice(OPENERS), name=name, verb=rng.choice(VERBS[attribute])
-    )
+    return template.format(opener=rng.choice(OPENERS), name=name, verb=rng.choice(VERBS[attribute]))
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,9 @@ def split_people(world: World, seed: int) -> Split:
     people = list(world.people)
     random.Random(f"people {seed}").shuffle(people)
     third = len(people) // 3
-    return Split(tuple(people[third + 16 :]), tuple(people[third : third + 16]), tuple(people[:third]))
+    return Split(
+        tuple(people[third + 16 :]), tuple(people[third : third + 16]), tuple(people[:third])
+    )
 
 
 # -- the sources of the pool: each maker draws one row ------------------------------------------

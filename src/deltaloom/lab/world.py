@@ -12,14 +12,24 @@ WORLD_SEED = 20
 PEOPLE = 180
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "town": ("oslo", "lima", "cairo", "kyoto", "paris", "quito", "delhi", "turin", "perth", "minsk"),
-    "animal": ("cat", "dog", "horse", "goat", "rabbit", "parrot", "turtle", "pony", "duck", "lizard"),
-    "colour": ("red", "blue", "green", "black", "white", "yellow", "brown", "pink", "grey", "purple"),
+    kind: tuple(values.split())
+    for kind, values in {
+        "town": "oslo lima cairo kyoto paris quito delhi turin perth minsk",
+        "animal": "cat dog horse goat rabbit parrot turtle pony duck lizard",
+        "colour": "red blue green black white yellow brown pink grey purple",
+    }.items()
 }
-OBJECTS = ("cup", "lamp", "chair", "book", "spoon", "clock", "basket", "candle", "bottle", "pillow")
-PLACES = ("table", "shelf", "floor", "bench", "roof", "garden", "kitchen", "bridge", "road", "field")
+OBJECTS = (
+    "cup", "lamp", "chair", "book", "spoon",
+    "clock", "basket", "candle", "bottle", "pillow",
+)  # fmt: skip
+PLACES = (
+    "table", "shelf", "floor", "bench", "roof",
+    "garden", "kitchen", "bridge", "road", "field",
+)  # fmt: skip
 NUMBERS = (
-    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "one", "two", "three", "four", "five", "six",
+    "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
 
 

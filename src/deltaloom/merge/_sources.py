@@ -215,10 +215,12 @@ class AdapterSource:
         self.folder = TensorFolder(path)
         self._refuse()
         self.modules: dict[str, dict[str, str]] = {}
+        self.copies: list[str] = []
         for key in self.folder:
             match = LORA_KEY.fullmatch(key)
             if match is None:
-                raise InputError(f"{path}: {key!r} is not a LoRA weight; merge it by PEFT first")
+                self.copies.append(key)
+                continue
             module, table, side = match.groups()
             self.modules.setdefault(module, {})[("table " if table else "") + side] = key
         self.targets: dict[str, str] = {}
@@ -260,6 +262,14 @@ class AdapterSource:
                     f"{base.path} has {list(base[name].shape)}"
                 )
             self.targets[name] = module
+        for key in self.copies:  # PEFT stores the embedding beside its factors
+            module = key.removeprefix("base_model.model.").removesuffix(".weight")
+            name = self._tensor(module.removesuffix(".base_layer"), base)
+            if not same_numbers(self.folder, key, base, name):
+                raise InputError(
+                    f"{self.path} brings its own {name!r}, which differs from the base "
+                    f"{base.path}'s; only LoRA factors can be merged"
+                )
 
     def _tensor(self, module: str, base: TensorFolder) -> str:
         # Checkpoints may omit leading parts of a module's path, e.g. `transformer.` in GPT-2.
@@ -327,9 +337,25 @@ def open_source(path: str | Path) -> Source:
 
 def same_bytes(a: TensorFolder, name: str, b: TensorFolder, other: str) -> bool:
     """Whether two tensors of equal shape and dtype are equal to the bit, compared piece by piece"""
-    count, step = a[name].count, 1 << 20
-    cuts = [(start, min(start + step, count)) for start in range(0, count, step)]
-    return all(np.array_equal(a.raw(name, *cut), b.raw(other, *cut)) for cut in cuts)
+    pieces = _pieces(a[name].count)
+    return all(np.array_equal(a.raw(name, *cut), b.raw(other, *cut)) for cut in pieces)
+
+
+def same_numbers(a: TensorFolder, name: str, b: TensorFolder, other: str) -> bool:
+    """Whether two float tensors are equal as float32 in shape and numbers, whatever their dtype."""
+    if a[name].shape != b[other].shape or not {a[name].dtype, b[other].dtype} <= {*FLOATS}:
+        return False
+    for start, stop in _pieces(a[name].count):
+        left, right = np.empty((2, stop - start), np.float32)
+        widen(a.raw(name, start, stop), a[name].dtype, left)
+        widen(b.raw(other, start, stop), b[other].dtype, right)
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
+def _pieces(count: int, step: int = 1 << 20) -> list[tuple[int, int]]:
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _flipped(entry: TensorEntry) -> TensorEntry:

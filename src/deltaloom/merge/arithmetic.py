@@ -41,50 +41,40 @@ if TYPE_CHECKING:
     from deltaloom.core.run import Run
     from deltaloom.core.tensors import TensorEntry
 
+# Row -> what it is, where it comes from, and the fields whose defaults differ from the class's.
 PRESETS = {
     "average": {
         "summary": "The mean of the models",
         "paper": "Model Soups (Wortsman et al., ICML 2022), uniform soup; arXiv 2203.05482",
-        "defaults": {"sparsify": "none", "consensus": False, "normalize": True, "rescale": False},
+        "normalize": True,
     },
     "task_arithmetic": {
         "summary": "The base plus a scaled sum of the changes",
         "paper": "Editing Models with Task Arithmetic (Ilharco et al., ICLR 2023); "
         "arXiv 2212.04089",
-        "defaults": {"sparsify": "none", "consensus": False, "normalize": False, "rescale": False},
     },
     "ties": {
         "summary": "Trim to the largest changes, elect a sign per element, average those agreeing",
         "paper": "TIES-Merging (Yadav et al., NeurIPS 2023); arXiv 2306.01708",
-        "defaults": {
-            "sparsify": "magnitude",
-            "consensus": True,
-            "normalize": True,
-            "rescale": False,
-            "density": 0.2,
-        },
+        "sparsify": "magnitude",
+        "consensus": True,
+        "normalize": True,
+        "density": 0.2,
     },
     "dare_linear": {
         "summary": "Drop changes at random, rescale the rest, sum",
         "paper": "Language Models are Super Mario (Yu et al., ICML 2024); arXiv 2311.03099",
-        "defaults": {
-            "sparsify": "random",
-            "consensus": False,
-            "normalize": False,
-            "rescale": True,
-            "density": 0.5,
-        },
+        "sparsify": "random",
+        "rescale": True,
+        "density": 0.5,
     },
     "dare_ties": {
         "summary": "Drop changes at random, rescale the rest, sum those agreeing in sign",
         "paper": "Language Models are Super Mario (Yu et al., ICML 2024); arXiv 2311.03099",
-        "defaults": {
-            "sparsify": "random",
-            "consensus": True,
-            "normalize": False,
-            "rescale": True,
-            "density": 0.5,
-        },
+        "sparsify": "random",
+        "consensus": True,
+        "rescale": True,
+        "density": 0.5,
     },
 }
 

@@ -111,9 +111,9 @@ class Less(BudgetSelector):
 
     def _warm_up(self, pool: Examples, base: Base, run: Run) -> list[dict[str, Any]]:
         """Folder and mean learning rate of each epoch's checkpoint."""
+        from deltaloom.core.encoding import encode
         from deltaloom.engine.train import fit
         from deltaloom.select._moments import read_epochs, save_epoch
-        from deltaloom.tune._gradient import rows_for
 
         home = run.work / "warmup"
         total = round(self.warmup.epochs)
@@ -122,7 +122,9 @@ class Less(BudgetSelector):
             return done
         tokenizer = base.tokenizer()
         part = pool.take(draw(len(pool), max(1, round(self.warmup_fraction * len(pool))), run.seed))
-        rows = rows_for(base, tokenizer, part, self.warmup.max_length, run)
+        limit = min(self.warmup.max_length or base.max_length, base.max_length)
+        rows = encode(part, tokenizer, limit)
+        run.note(warmup_rows=len(rows))
         settings = self.warmup.train_settings(
             self.warmup.lr, epochs=total, save_steps=0, trainable="adapter"
         )

@@ -1,0 +1,67 @@
+"""What every measurement asks of its rows, and the one way it goes through scored sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaloom.core.errors import InputError, WorkError
+from deltaloom.core.examples import Example, Examples
+from deltaloom.core.progress import progress
+from deltaloom.core.run import Run
+from deltaloom.engine.forward import Masked, context_length, padding_token, token_logprobs
+from deltaloom.engine.meter import count_forward
+
+
+def require_rows(data: Examples, measure: str) -> None:
+    """Raise InputError when there is nothing to measure on."""
+    if not len(data):
+        raise InputError(f"measure {measure}: {data.name} holds no rows")
+
+
+def clusters_of(data: Examples) -> dict[str, str] | None:
+    """Cluster by id, when every row has a `group` and the groups say something.
+
+    One group for all rows names the data set, and one for each row names the row: neither tells
+    which rows belong together.
+    """
+    groups = {item.id: item.group for item in data if item.group is not None}
+    return groups if len(groups) == len(data) and 1 < len({*groups.values()}) < len(data) else None
+
+
+def length_limit(max_length: int | None, model: Any) -> int:
+    """Tokens a row may have; raises InputError for more than the model's context."""
+    context = context_length(model)
+    if max_length is not None and max_length > context:
+        raise InputError(f"max_length = {max_length}: the model's context is {context} tokens")
+    return max_length or context
+
+
+def scored(
+    label: str, model: Any, tokenizer: Any, sequences: Sequence[Masked], run: Run
+) -> tuple[list[NDArray[np.float32]], dict[str, float]]:
+    """`token_logprobs` with progress on stderr; also what it cost, entered in the run's ledger."""
+    tokens = 0
+    with progress(label, len(sequences)) as advance:
+
+        def account(answered: int, computed: int) -> None:
+            nonlocal tokens
+            tokens += computed
+            advance(answered)
+
+        model.eval()
+        values = token_logprobs(model, sequences, padding_token(tokenizer), on_batch=account)
+    return values, count_forward(run, model, tokens)
+
+
+def require_finite(values: NDArray[np.float32], example: Example) -> None:
+    """Raise WorkError naming the row when a log-probability is NaN or infinite."""
+    wrong = values[~np.isfinite(values)]
+    if len(wrong):
+        raise WorkError(
+            f"{example.where}: the model gives row {example.id!r} a log-probability of {wrong[0]}; "
+            "its weights may be damaged, or load it with dtype=float32"
+        )
