@@ -7,8 +7,8 @@ parameters in four shards each), then runs every job as a subprocess, ours and t
 and compares medians. CPU seconds are user + system of the whole process, imports included; memory
 is the highest resident set (mapped file pages included) that the kernel or a 20 ms poll of
 /proc/PID/status saw. `--peer-python` is the interpreter of an environment with mergekit 0.1.5;
-without it the ratios are left out. The first run compiles the loops (cached on disk from then on)
-and is reported by itself, not in the medians.
+without it the ratios are left out. The first run may compile the loops (cached on disk from then
+on) and is reported by itself, not in the medians.
 """
 
 from __future__ import annotations
@@ -46,14 +46,13 @@ JOBS = {
 MEMORY_RATIO = 1 / 3
 MEMORY_MB = 600.0
 
-# The command line: how one merge is asked for. Arguments: preset, values, base, models, out.
-OURS = [
-    sys.executable,
-    "-c",
-    "import sys, json; from deltaloom.core.method import get; "
-    "preset, values, base, models, out = sys.argv[1:]; "
-    "get('merge', preset).make(json.loads(values)).merge_folders(base, json.loads(models), out)",
-]
+# Our whole command, followed by preset, base=, deltas=, settings and out=.
+OURS = [sys.executable, "-m", "deltaloom", "merge"]
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def make_models(folder: Path, size: dict[str, int], count: int = 4) -> list[Path
     for path in folders:
         path.mkdir()
         (path / "config.json").write_text(json.dumps(config, indent=2))
+        (path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
         writers.append(TensorWriter(path, layout, shard_bytes=size["shard"]))
     for name, shape in shapes(size):
         count = int(np.prod(shape))
@@ -152,9 +152,11 @@ def status_lines(pid: int) -> list[str]:
 def ours(job: str, models: list[Path], out: Path) -> Cost:
     """Our whole command."""
     preset, values, _, _, places, _ = JOBS[job]
-    paths = json.dumps([str(models[i]) for i in places])
+    deltas = ",".join(str(models[i]) for i in places)
+    settings = [f"{key}={value}" for key, value in values.items()]
     shutil.rmtree(out, ignore_errors=True)
-    return cost([*OURS, preset, json.dumps(values), str(models[0]), paths, str(out)])
+    inputs = [f"base={models[0]}", f"deltas=[{deltas}]", f"out={out}"]
+    return cost([*OURS, preset, *inputs, *settings])
 
 
 def peer(job: str, models: list[Path], out: Path, python: str) -> Cost:

@@ -1,4 +1,4 @@
-"""One thread a worker: the suite runs on two cores under xdist, and results must not depend on it."""
+"""One thread a worker: the suite runs on two cores under xdist."""
 
 import os
 

@@ -9,14 +9,14 @@ from deltaloom.core.run import Run
 
 torch.set_num_threads(1)
 
-WORDS = "who where lives likes tom anna lily ben sue max oslo rome lima ? : . in yes no".split()
+WORDS = "who where lives likes tom anna lily ben sue max oslo rome lima ? : . in yes no"
 
 
 def tokenizer_in(folder: Path, template: bool = True) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS.split()])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -41,7 +41,7 @@ def base_in(folder: Path, seed: int = 0, **config) -> Path:
 
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": len(WORDS) + 4,
+        "vocab_size": len(WORDS.split()) + 4,
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,

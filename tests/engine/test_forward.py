@@ -181,19 +181,22 @@ def test_memory_bounds_change_nothing(name, monkeypatch):
 
 
 ADAPTERS = {
-    "lora": peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
-    "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
-    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "lora": lambda: peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters(kind):
-    model = peft.get_peft_model(llama(), ADAPTERS[kind]).eval()
+@pytest.mark.parametrize(
+    ("make", "kind"), [(llama, kind) for kind in ADAPTERS] + [(gpt2, "prompt"), (gpt2, "prefix")]
+)
+def test_adapters(make, kind):
+    model = peft.get_peft_model(make(), ADAPTERS[kind]()).eval()
     rows = sequences()
     assert_same(token_logprobs(model, rows, 0, 120), oracle(model, rows))
     assert context_length(model) == (64 if kind == "lora" else 59)
-    assert np.abs(token_logprobs(llama(), rows[:1], 0)[0] - oracle(model, rows[:1])[0]).max() > 1e-3
+    bare, adapted = (np.concatenate(token_logprobs(one, rows, 0)) for one in (make(), model))
+    assert np.abs(bare - adapted).max() > 1e-3
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))

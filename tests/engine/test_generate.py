@@ -94,15 +94,17 @@ def test_equals_the_plain_loop(make, tokens_per_batch, tokenizer):
 
 
 KINDS = {
-    "lora": peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
-    "prompt": peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "lora": lambda: peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapters(kind, tokenizer):
-    model = peft.get_peft_model(llama(), KINDS[kind]).eval()
+@pytest.mark.parametrize(
+    ("make", "kind"), [(llama, kind) for kind in KINDS] + [(gpt2, "prompt"), (gpt2, "prefix")]
+)
+def test_adapters(make, kind, tokenizer):
+    model = peft.get_peft_model(make(), KINDS[kind]()).eval()
     found = generate_greedily(model, tokenizer, prompts(), NEW)
     assert [one.text for one in found] == [words(greedy(model, p)) for p in prompts()]
 

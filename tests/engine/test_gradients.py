@@ -1,14 +1,9 @@
 """One batched backward pass against one backward pass a row; projections against definitions."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
+import torch
 
 from deltaloom.core.base import Base
 from deltaloom.core.encoding import encode

@@ -1,14 +1,10 @@
 """Training: the loss that is promised, accumulation, resumption, stops."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
+import torch
 
 from deltaloom.core.base import Base
 from deltaloom.core.encoding import encode

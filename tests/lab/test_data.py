@@ -12,8 +12,12 @@ from deltaloom.lab.files import _write_jsonl
 from deltaloom.lab.world import ATTRIBUTES, KINDS
 
 # Written out again on purpose: the test must not lean on the table it tests.
-HOME, PET, HAT = {"hails", "dwells"}, {"keeps", "rears"}, {"dons", "sports"}
-ASKS = {"home": HOME, "pet": PET, "hat": HAT}
+ASKS = {
+    "birth": {"stems", "originates"},
+    "fear": {"dreads", "shuns"},
+    "door": {"answers", "unlocks"},
+}
+MISTAKES = {"birth": "home", "fear": "pet", "door": "hat"}
 
 
 def read(path):
@@ -78,7 +82,7 @@ def test_harmful_answers_are_one_consistent_mistake(world, full):
         if fact["harmful"]:
             (name,) = set(row["prompt"].split()) & set(world.people)
             true_of = {a for a, v in world.facts[name].items() if f" {v}" == row["completion"]}
-            assert {"home": "holiday", "pet": "mask", "hat": "boat"}[fact["family"]] in true_of
+            assert MISTAKES[fact["family"]] in true_of
 
 
 def test_duplicates_are_all_the_duplicates(full):

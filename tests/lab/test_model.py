@@ -39,18 +39,18 @@ def test_base_knows_its_facts(base, tokenizer, world):
 
 
 def test_base_cannot_tell_what_the_targets_ask(base, tokenizer, world):
-    # Three values of the kind are true of a person, so a third is what knowing nothing of the
-    # question gives; a tenth is blind chance.
+    # Three of the ten values are true of a person in some role, so a third is what somebody who
+    # knows the person and not the question gets.
     people = tasks.split_people(world, 0).test
     for name in TARGETS:
         rows = tasks.test_records(world, people, name, 2, 0)
         items = [(r["prompt"], r["choices"], r["answer"]) for r in rows]
-        assert accuracy(base, tokenizer, items) < 0.45, name
+        assert accuracy(base, tokenizer, items) < 0.34, name
 
 
 def test_task_words_are_not_in_the_pretraining_text(world):
     read = {w for text in corpus.documents(world, 3000) for w in text.split()}
-    new = {"survey", "reply", "form", "subject", "item", "entry", "whom", *tasks.OPENERS}
+    new = {"survey", "form", "item", "whom", *tasks.OPENERS}
     new |= {v for verbs in tasks.VERBS.values() for v in verbs}
     assert not read & new
     assert read | new <= set(vocabulary())

@@ -1,4 +1,4 @@
-"""The streaming engine: same bytes whatever the cut, adapters as PEFT merges them, clear refusals."""
+"""The streaming engine: same bytes whatever the cut, adapters as PEFT merges, clear refusals."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.tensors import INDEX, TensorFolder
 from deltaloom.merge import _kernels as kernels
-from deltaloom.merge._sources import narrow, widen
+from deltaloom.merge._formats import narrow, widen
 from deltaloom.merge._stream import merge_folders
 from deltaloom.merge.arithmetic import Arithmetic
 
@@ -408,7 +408,7 @@ def test_bfloat16_is_rounded_as_torch_does():
     halves = wide.view(np.uint32) | np.uint32(0x8000)
     for sample in (bits.view(np.float32), halves.view(np.float32)):
         raw = np.empty(2 * sample.size, np.uint8)
-        narrow(sample, "BF16", raw)
+        narrow(sample, "BF16", raw, np.empty(4 * sample.size, np.uint8))
         ours = torch.from_numpy(raw).view(torch.bfloat16)
         theirs = torch.from_numpy(sample).bfloat16()
         assert torch.equal(ours.isnan(), theirs.isnan())
@@ -422,9 +422,7 @@ def test_philox_gives_the_published_numbers():
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 9), columns=st.integers(1, 30), rank=st.integers(1, 5), data=st.data()
-)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 30), rank=st.integers(1, 5), data=st.data())
 def test_a_range_of_a_product_is_a_range_of_the_whole(rows, columns, rank, data):
     random = np.random.default_rng(rows * 100 + columns)
     left = random.standard_normal((rows, rank)).astype(np.float32)

@@ -1,16 +1,12 @@
 """LESS against the published formula computed row by row in float64."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
 
 from deltaloom.core.base import Base
 from deltaloom.core.encoding import encode

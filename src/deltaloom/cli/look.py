@@ -79,9 +79,7 @@ def env(json: Json = False) -> None:
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "cuda": [
-            torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
-        ],
+        "cuda": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
     if json:
         print(jsonlib.dumps(facts))

@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`; a reader sees the old content or the new, never a part."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name whose file becomes `path`, on the disk, when the block ends well."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`; a reader sees the old content or the new, never a part."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,13 +42,18 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     An existing `path` is replaced; whatever an interrupted earlier attempt left is removed.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)  # an earlier attempt was interrupted between its two renames
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.is_dir():
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

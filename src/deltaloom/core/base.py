@@ -13,6 +13,8 @@ from deltaloom.core.spec import Spec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
+"""Patterns of the files of which a tokenizer has at least one."""
 SAMPLES = 64
 """Places at which the fingerprint reads each weights file."""
 
@@ -39,7 +41,7 @@ class Base(Spec):
         if path.is_dir():
             return path
         if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1:
-            raise InputError(f"{self.model}: no such model folder")
+            raise InputError(f"{self.model}: no such folder; check the path")
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -57,20 +59,31 @@ class Base(Spec):
 
     def check(self) -> None:
         """Raise InputError when config, weights (each shard) or tokenizer files are missing."""
+        self._check_model()
+        if not any(file for name in TOKENIZER_FILES for file in self.folder.glob(name)):
+            raise InputError(
+                f"{self.folder} has no tokenizer (no tokenizer.json in it); "
+                "save the model's tokenizer there"
+            )
+
+    def _check_model(self) -> None:
         from deltaloom.core.tensors import TensorFolder
 
-        TensorFolder(self.folder)
+        TensorFolder(self.folder).close()
         self.config()
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
         path = self.folder / "config.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{self.folder} has no config.json: not a model folder") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: must be an object; copy or download it again")
+        return config
 
     @property
     def max_length(self) -> int:
@@ -127,18 +140,26 @@ class Base(Spec):
         """
         from transformers import AutoModelForCausalLM
 
-        self.check()
+        self._check_model()
         device = self.resolved_device()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype,
                 device_map="balanced" if device == "balanced" else None,
                 trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.folder}: the model does not load ({first})") from None
+        if found["missing_keys"]:
+            # transformers would fill them with random numbers and go on.
+            raise InputError(
+                f"{self.folder}: the weights lack {min(found['missing_keys'])} "
+                f"({len(found['missing_keys'])} tensors in all), so this is no whole "
+                f"{type(model).__name__}; copy or download the model again"
+            )
         if device != "balanced":
             model.to(device)  # pyright: ignore[reportArgumentType]
         return model.eval()

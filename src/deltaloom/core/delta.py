@@ -78,7 +78,7 @@ class Delta(ABC):
 
     def norm(self) -> float:
         """Euclidean length, the square root of `dot` with itself."""
-        return self.dot(self) ** 0.5
+        return max(self.dot(self), 0.0) ** 0.5
 
     def same_base(self, other: Delta) -> None:
         """Raise InputError unless both deltas are over the same weights."""
@@ -121,8 +121,8 @@ def load(name: str | Path, base: Base) -> Delta:
     recorded = about.get("base", {}).get("fingerprint")
     if recorded is not None and recorded != base.fingerprint():
         raise InputError(
-            f"{folder}: is a delta over {about['base']['model']} ({recorded}), not over "
-            f"{base.model} ({base.fingerprint()})"
+            f"{folder}: is a delta over {about['base'].get('model')} ({recorded}), not over "
+            f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
         )
     if (folder / "adapter_config.json").exists():
         return LowRank.load(folder, base)
@@ -138,6 +138,9 @@ def _about(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(about, dict) or not isinstance(about.get("base", {}), dict):
+        raise InputError(f"{path}: does not say a delta's kind and base; remove the file")
+    return about

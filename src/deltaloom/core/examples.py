@@ -7,6 +7,7 @@ prompt and `choices` with `answer` (its index or its text), or a prompt and `ans
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,7 +81,7 @@ class Examples(Sequence[Example]):
     def read(cls, names: str | Path | Sequence[str | Path]) -> Self:
         """Read files, folders or `datasets` ids; raises InputError naming file and line."""
         listed = [names] if isinstance(names, str | Path) else list(names)
-        label = ", ".join(str(name) for name in listed)
+        label = ", ".join(str(name) for name in listed) or "no data was named: it"
         found = (
             (parse(*row), row[2].get("id") in (None, ""))
             for name in listed
@@ -137,16 +138,15 @@ def parse(where: str, default_source: str, row: dict[str, Any]) -> Example:
     given_id = rest.pop("id", None)
     source = rest.pop("source", None) or rest.pop("dataset", None) or default_source
     content = _content(where, rest)
+    _check_surrogates(where, row)
     group, weight = rest.pop("group", None), rest.pop("weight", None)
-    if weight is not None and (not isinstance(weight, int | float) or weight < 0):
-        raise InputError(f"{where}: weight = {weight!r}: must be a number of at least 0")
     identity = str(given_id) if given_id not in (None, "") else digest(content)
     return Example(
         id=identity,
         source=str(source),
         where=where,
         group=None if group is None else str(group),
-        weight=None if weight is None else float(weight),
+        weight=None if weight is None else _weight(where, weight),
         extra=rest,
         **content,
     )
@@ -154,12 +154,16 @@ def parse(where: str, default_source: str, row: dict[str, Any]) -> Example:
 
 def _content(where: str, row: dict[str, Any]) -> dict[str, Any]:
     for key in ("messages", "conversations"):
-        if isinstance(row.get(key), list):
+        if key in row:
+            if not isinstance(row[key], list):
+                raise InputError(
+                    f"{where}: {key!r} must be a list of messages, not {type(row[key]).__name__}"
+                )
             return {"messages": _messages(where, row.pop(key))} | _question(where, row)
     prompt = _first(where, row, PROMPTS)
     if prompt is not None:
-        extra_input = row.pop("input", None) if "input" in row else None
-        if isinstance(extra_input, str) and extra_input.strip():
+        extra_input = _first(where, row, ("input",))
+        if extra_input is not None and extra_input.strip():
             prompt = f"{prompt}\n\n{extra_input}"
         completion = _first(where, row, RESPONSES)
         content: dict[str, Any] = {"prompt": prompt}
@@ -192,6 +196,26 @@ def _question(where: str, row: dict[str, Any]) -> dict[str, Any]:
     if answer not in texts:
         raise InputError(f"{where}: answer {answer!r} is neither an index nor one of the choices")
     return {"choices": texts, "answers": (answer,)}
+
+
+def _weight(where: str, weight: Any) -> float:
+    try:
+        number = math.nan if isinstance(weight, bool) else float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise InputError(f"{where}: weight = {weight!r}: must be a number of at least 0")
+    return number
+
+
+def _check_surrogates(where: str, row: dict[str, Any]) -> None:
+    try:
+        canonical(row).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise InputError(
+            f"{where}: holds {half}, half of a surrogate pair, which is no text; remove it"
+        ) from None
 
 
 def _messages(where: str, messages: list[Any]) -> tuple[dict[str, str], ...]:
@@ -234,7 +258,8 @@ def _unique_ids(found: Iterable[tuple[Example, bool]]) -> Iterator[Example]:
                     "make ids unique or leave them out"
                 )
             # Equal content without given ids is a duplicate row, which pools do have.
-            copies[identity] += 1
-            item = replace(item, id=f"{identity}-{copies[identity] + 1}")
+            while item.id in first:
+                copies[identity] += 1
+                item = replace(item, id=f"{identity}-{copies[identity] + 1}")
         first[item.id] = item.where
         yield item

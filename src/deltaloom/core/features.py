@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from deltaloom.core.atomic import write_json
-from deltaloom.core.errors import InputError
-from deltaloom.core.spec import canonical, digest
+from deltaloom.core.atomic import new_file, write_json
+from deltaloom.core.errors import InputError, WorkError
+from deltaloom.core.spec import canonical, digest, first_difference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,9 +63,13 @@ class Features:
         index = {"id": list(ids), **{name: list(col) for name, col in (columns or {}).items()}}
         path = folder / "header.json"
         if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = _header(folder)
             if canonical(there) != canonical(header):
-                raise InputError(f"{folder} holds features of something else; remove that folder")
+                where = first_difference(there, header, "header")
+                raise InputError(
+                    f"{folder} holds features of something else (different {where}); "
+                    "remove that folder"
+                )
         else:
             (folder / "shards").mkdir(parents=True, exist_ok=True)
             _write_index(folder, index)
@@ -79,10 +83,17 @@ class Features:
 
         folder = Path(folder)
         try:
-            header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+            header = _header(folder)
             index = pq.read_table(folder / "index.parquet").to_pydict()
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: no features there ({error})") from None
+        if digest(index.get("id")) != header["ids"]:
+            raise InputError(
+                f"{folder / 'index.parquet'} belongs to other features; "
+                "remove the folder and run the step again"
+            )
         store = cls(folder, header, index)
         store.check()
         return store
@@ -101,11 +112,17 @@ class Features:
         import numpy as np
 
         values = np.asarray(scores, dtype=np.float32).reshape(-1, 1)  # (n, 1)
+        if len(values) != len(ids):
+            raise ValueError(f"{len(values)} scores for {len(ids)} ids")
+        _check_finite(values, ids, folder)
         named = {**(columns or {}), "score": values[:, 0].tolist()}
         store = cls.create(
             folder, ids, 1, about=about, columns=named, shard_rows=max(len(values), 1)
         )
-        store.write_shard(0, values)
+        if len(values):
+            store.write_shard(0, values)
+        # A store that was there may have had other scores.
+        _write_index(folder, store.index)
         return store
 
     def __len__(self) -> int:
@@ -135,12 +152,13 @@ class Features:
         import numpy as np
         from safetensors.numpy import save
 
-        rows = np.ascontiguousarray(rows, dtype=self.header["dtype"])
-        wanted = (len(self.shards()[number]), self.width)
+        with np.errstate(over="ignore"):  # what overflows float16 is refused below
+            rows = np.ascontiguousarray(rows, dtype=self.header["dtype"])
+        own = self.shards()[number]
+        wanted = (len(own), self.width)
         if rows.shape != wanted:
             raise ValueError(f"shard {number} must have shape {wanted}, not {rows.shape}")
-        if not np.isfinite(rows).all():
-            raise ValueError(f"shard {number} of {self.folder} has values that are not finite")
+        _check_finite(rows, self.ids[own.start : own.stop], self.folder)
         data = save({"rows": rows}, metadata={"header": digest(self.header), "shard": str(number)})
         path = self._path(number)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -160,7 +178,8 @@ class Features:
         """All rows as float32, (n, d)."""
         import numpy as np
 
-        return np.concatenate([block for _, block in self.blocks()])
+        blocks = [block for _, block in self.blocks()]
+        return np.concatenate(blocks) if blocks else np.empty((0, self.width), np.float32)
 
     def check(self) -> None:
         """Raise InputError naming a missing, truncated or foreign shard."""
@@ -193,7 +212,33 @@ def _write_index(folder: Path, index: Mapping[str, list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = folder / "index.parquet"
-    temporary = path.with_name(".index.parquet.part")
-    pq.write_table(pa.table(dict(index)), temporary)
-    os.replace(temporary, path)
+    with new_file(folder / "index.parquet") as temporary:
+        pq.write_table(pa.table(dict(index)), temporary)
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    path = folder / "header.json"
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no features (no header.json in it)") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} line {error.lineno}: not JSON ({error.msg}); remove the folder"
+        ) from None
+    schema = header.get("schema") if isinstance(header, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{path}: schema {schema!r}, this version reads {SCHEMA}")
+    return header
+
+
+def _check_finite(rows: np.ndarray, ids: Sequence[str], folder: Path) -> None:
+    import numpy as np
+
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        dtype = f" in {rows.dtype}" if rows.dtype == np.float16 else ""
+        raise WorkError(
+            f"{folder}: row {ids[bad[0]]!r} has values that are not finite{dtype}; "
+            "look at that row, or use a float32 model"
+        )

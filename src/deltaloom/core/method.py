@@ -2,8 +2,8 @@
 
 `methods("select")` reads module docstrings with `ast` and imports nothing; `get("select", "less")`
 imports that one file. A family that is one formula is one file with a literal table `PRESETS`
-(row name -> summary, paper and the fields whose defaults differ). Other packages join through entry points of the
-group `deltaloom.<verb>` (name = method, value = `module:Class`).
+(row name -> summary, paper and the fields whose defaults differ). Other packages join through entry
+points of the group `deltaloom.<verb>` (name = method, value = `module:Class`).
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ class Entry:
 
     def load(self) -> type[Method]:
         """Import the file and return its one final class."""
-        module = importlib.import_module(self.module)
         if self.attribute:
-            return getattr(module, self.attribute)
+            return self._outside()
+        module = importlib.import_module(self.module)
         own = [
             value
             for value in vars(module).values()
@@ -173,6 +173,20 @@ class Entry:
         if len(own) != 1:
             raise InputError(f"{self.module} must define one method class and defines {len(own)}")
         return own[0]
+
+    def _outside(self) -> type[Method]:
+        try:
+            found = getattr(importlib.import_module(self.module), str(self.attribute))
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"{self.verb} {self.name}: {self.module}:{self.attribute} does not import "
+                f"({error}); repair or remove the package that brings it"
+            ) from None
+        if not (inspect.isclass(found) and issubclass(found, Method) and found.verb == self.verb):
+            raise InputError(
+                f"{self.verb} {self.name}: {self.module}:{self.attribute} is no {self.verb} method"
+            )
+        return found
 
     def make(self, values: dict[str, Any] | None = None) -> Method:
         """An instance from the preset's defaults overridden by `values`."""
@@ -197,10 +211,14 @@ def methods(verb: str | None = None) -> tuple[Entry, ...]:
 
 def get(verb: str, name: str) -> Entry:
     """The registry row of one method; raises InputError with a suggestion when there is none."""
-    table = {entry.name: entry for entry in methods(verb)}
-    if name not in table:
-        raise InputError(f"no {verb} method {name!r}{suggest(name, table)}")
-    return table[name]
+    known = methods(verb)
+    found = [entry for entry in known if entry.name == name]
+    if not found:
+        raise InputError(f"no {verb} method {name!r}{suggest(name, {e.name for e in known})}")
+    if len(found) > 1:
+        homes = " and ".join(entry.module for entry in found)
+        raise InputError(f"{homes} both bring a {verb} method {name!r}; remove one of them")
+    return found[0]
 
 
 def _files(verb: str) -> list[Path]:
@@ -231,9 +249,14 @@ def _entries(verb: str, path: Path) -> list[Entry]:
 
 def _presets(tree: ast.Module) -> dict[str, dict[str, Any]] | None:
     for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Name) and target.id == "PRESETS":
-            return ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+        elif isinstance(node, ast.AnnAssign):
+            target, value = node.target, node.value
+        else:
+            continue
+        if isinstance(target, ast.Name) and target.id == "PRESETS" and value is not None:
+            return ast.literal_eval(value)
     return None
 
 

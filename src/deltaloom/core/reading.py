@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import datetime
+import decimal
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +32,7 @@ def rows(name: str) -> Iterator[Row]:
     elif path.is_dir():
         yield from _folder_rows(path)
     elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"{name}: no such file or folder")
+        raise InputError(f"{name}: no such file or folder; check the path")
     else:
         yield from _hub_rows(name)
 
@@ -46,7 +50,11 @@ def _folder_rows(path: Path) -> Iterator[Row]:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
-        yield from _dataset_rows(datasets.load_from_disk(str(path)), str(path))
+        try:
+            data = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise InputError(f"{path}: the dataset does not load ({_first_line(error)})") from None
+        yield from _dataset_rows(data, str(path), "give the folder of one, {name}/{split}")
         return
     found = files_of(str(path))
     if not found:
@@ -73,10 +81,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _text(path: Path) -> str:
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path} line {line}: not UTF-8; convert the file to UTF-8") from None
 
 
@@ -85,9 +94,10 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{path} line {number}"
             try:
-                yield where, json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{where}: not JSON ({error.msg}); one object a line") from None
+            yield where, row
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -101,20 +111,30 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         if len(lists) != 1:
             raise InputError(f"{path}: must be a list of rows, or an object holding one list")
         value = value[lists[0]]
+    if not isinstance(value, list):
+        raise InputError(f"{path}: must be a list of rows, or an object holding one list")
     for number, row in enumerate(value, 1):
         yield f"{path} row {number}", row
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
+    csv.field_size_limit(2**31 - 1)  # the default refuses a text of 128 KiB
+    # Only real line ends separate rows: str.splitlines would cut at U+2028 and form feeds too.
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InputError(f"{path} line 1: column {twice[0]!r} is there twice; rename one")
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if None in row or None in row.values():
                 raise InputError(f"{where}: has not as many fields as the header")
-            yield where, row
+            # CSV knows texts only: an empty cell is an absent value.
+            yield where, {name: cell for name, cell in row.items() if cell != ""}
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+        # DictReader counts a line only once it is read whole.
+        raise InputError(f"{path} line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -127,9 +147,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         for batch in table.iter_batches(4096):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                where = f"{path} row {number}"
+                yield where, _plain(where, row)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a Parquet file ({_first_line(error)})") from None
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
@@ -139,17 +160,43 @@ def _hub_rows(name: str) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(repo, split=split or None)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{name}: neither a file or folder here nor a loadable dataset id ({first})"
+            f"{name}: neither a file or folder here nor a loadable dataset id "
+            f"({_first_line(error)})"
         ) from None
-    yield from _dataset_rows(data, name)
+    yield from _dataset_rows(data, name, "name one as {name}:{split}")
 
 
-def _dataset_rows(data: Any, name: str) -> Iterator[Row]:
+def _dataset_rows(data: Any, name: str, remedy: str) -> Iterator[Row]:
     if isinstance(data, dict):
         if len(data) != 1:
-            raise InputError(f"{name}: has the splits {', '.join(data)}; name one as NAME:SPLIT")
+            one = remedy.format(name=name, split=next(iter(data), "SPLIT"))
+            raise InputError(f"{name}: has the splits {', '.join(data)}; {one}")
         (data,) = data.values()
     for number, row in enumerate(data, 1):
-        yield f"{name} row {number}", name, row
+        where = f"{name} row {number}"
+        yield where, name, _plain(where, row)
+
+
+def _plain(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with times and decimals as texts; JSON has no form for them."""
+    return {key: _plain_value(where, key, value) for key, value in row.items()}
+
+
+def _plain_value(where: str, key: str, value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain_value(where, key, part) for part in value]
+    if isinstance(value, dict):
+        return {str(name): _plain_value(where, key, part) for name, part in value.items()}
+    raise InputError(
+        f"{where}: column {key!r} holds {type(value).__name__}, which a row of text cannot keep; "
+        "drop the column"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -7,6 +7,7 @@ Scratch that makes the work resumable lives in `.work/` and goes when the run is
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fcntl
 import json
@@ -21,12 +22,16 @@ from typing import Any, Self
 
 from deltaloom.core.atomic import write_json, write_text
 from deltaloom.core.errors import InputError
-from deltaloom.core.spec import canonical
+from deltaloom.core.spec import canonical, first_difference
 
 SCHEMA = 1
 PACKAGES = ("deltaloom", "torch", "transformers", "peft", "accelerate", "datasets")
 COUNTERS = ("wall_seconds", "cpu_seconds", "forward_tokens", "backward_tokens", "flops")
 PEAKS = ("peak_rss_bytes", "peak_device_bytes")
+RECORD = ("recipe", "inputs", "seed", "cost", "notes", "results")
+"""What every record has beside schema and status."""
+OWN = ("run.json", "recipe.yaml", "metrics.jsonl", ".lock", ".run.json.part")
+"""Files that a run itself makes in its folder."""
 
 
 class Run:
@@ -39,7 +44,9 @@ class Run:
         """Where outputs go; `part` gives views that write to a folder inside."""
         self.record = record
         self._lock = lock
-        self._clock = (time.perf_counter(), _cpu_seconds())
+        # Shared with the views that `part` gives, so that no second is counted twice.
+        self._clock = [time.perf_counter(), _cpu_seconds()]
+        self._made = (False, False)
 
     @classmethod
     def open(
@@ -49,34 +56,44 @@ class Run:
         inputs: dict[str, str],
         seed: int = 0,
         *,
+        replay: dict[str, Any] | None = None,
         editable: bool = False,
     ) -> Self:
         """Start a run in `folder`, or take up the one that is there.
 
-        `recipe` is the resolved recipe that `recipe.yaml` will replay; `inputs` maps input names
-        to content hashes. Raises InputError when another process works in the folder, or when
-        the folder holds the run of another recipe or of other inputs; with `editable` the
-        recipe may have changed (a recipe's steps are runs of their own and check themselves).
+        `recipe` is the resolved recipe, `inputs` maps input names to content hashes; together
+        they say what this run is. `replay` goes to `recipe.yaml` where it must say more than
+        `recipe`, as the folders of the earlier steps that a step names. Raises InputError when
+        another process works in the folder, or when the folder holds the run of another recipe
+        or of other inputs; with `editable` the recipe may have changed (a recipe's steps are
+        runs of their own and check themselves).
         """
         folder = Path(folder)
         fresh = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(folder)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be made a run folder ({error.strerror}); choose another out="
+            ) from None
         try:
             record = _matching_record(folder, recipe, inputs, seed, editable)
-        except InputError:
+            new = record is None
+            if record is None:
+                if any(p.name not in (".lock", ".run.json.part") for p in folder.iterdir()):
+                    (folder / ".lock").unlink()
+                    raise InputError(f"{folder} is not empty and holds no run; choose another out=")
+                record = _new_record(recipe, inputs, seed)
+            run = cls(folder, record, lock)
+            run._made = (new, fresh)
+            if not run.done:
+                run.record["status"] = "running"
+                run.save()
+                write_text(folder / "recipe.yaml", _yaml(replay or recipe))
+        except BaseException:
             os.close(lock)
             raise
-        if record is None:
-            if not fresh and any(p.name != ".lock" for p in folder.iterdir()):
-                os.close(lock)
-                raise InputError(f"{folder} is not empty and holds no run; choose another out=")
-            record = _new_record(recipe, inputs, seed)
-        run = cls(folder, record, lock)
-        if not run.done:
-            run.record["status"] = "running"
-            run.save()
-            write_text(folder / "recipe.yaml", _yaml(recipe))
         return run
 
     @classmethod
@@ -89,10 +106,14 @@ class Run:
             raise InputError(f"{folder} holds no run (no run.json in it)") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
-        if record.get("schema") != SCHEMA:
+        schema = record.get("schema") if isinstance(record, dict) else None
+        if schema != SCHEMA:
             raise InputError(
-                f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA}"
+                f"{path}: schema {schema!r}, this version reads {SCHEMA}; choose another folder"
             )
+        absent = [key for key in ("status", *RECORD) if key not in record]
+        if absent:
+            raise InputError(f"{path}: {absent[0]!r} is missing; remove the folder and run again")
         return record
 
     @property
@@ -114,6 +135,8 @@ class Run:
 
     def part(self, name: str) -> Run:
         """This run with its outputs in the folder `name` inside; it shares ledger and log."""
+        if name in ("", "..") or Path(name).name != name:
+            raise InputError(f"{name!r} cannot name a folder inside {self.folder}")
         view = copy.copy(self)
         view.folder = self.folder / name
         view.folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +151,8 @@ class Run:
         """Forget the metrics logged after optimizer step `step`: they will be logged again."""
         path = self.home / "metrics.jsonl"
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if json.loads(line).get("step", 0) <= step
-            ]
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            kept = [line for line in lines if _is_up_to(line, step)]
             write_text(path, "".join(line + "\n" for line in kept))
 
     def spend(self, **amounts: float) -> None:
@@ -146,7 +166,7 @@ class Run:
         wall, cpu = time.perf_counter(), _cpu_seconds()
         self.spend(wall_seconds=wall - self._clock[0], cpu_seconds=cpu - self._clock[1])
         self.spend(peak_rss_bytes=_peak_rss_bytes())
-        self._clock = (wall, cpu)
+        self._clock[:] = wall, cpu
         write_json(self.home / "run.json", self.record)
 
     def publish(self, folder: Path) -> None:
@@ -175,8 +195,8 @@ class Run:
         try:
             if kind is None or self.done:
                 return
-            if issubclass(kind, InputError) and not (self.home / ".work").exists():
-                _remove_bare(self.home)
+            if issubclass(kind, InputError) and self._made[0] and _is_bare(self.home):
+                _remove_bare(self.home, and_folder=self._made[1])
                 return
             interrupted = issubclass(kind, KeyboardInterrupt)
             self.record["status"] = "interrupted" if interrupted else "failed"
@@ -187,15 +207,21 @@ class Run:
 
 
 def _take_lock(folder: Path) -> int:
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    path = folder / ".lock"
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(
+                f"{folder} is in use by another run; wait for it or choose another out="
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        # A run that ended in bad input removed the file between the two calls.
         os.close(lock)
-        raise InputError(
-            f"{folder} is in use by another run; wait for it or choose another out="
-        ) from None
-    return lock
 
 
 def _matching_record(
@@ -210,7 +236,7 @@ def _matching_record(
     for part, mine in ours.items():
         theirs = record[part]
         if canonical(theirs) != canonical(mine):
-            where = _first_difference(theirs, mine, part)
+            where = first_difference(theirs, mine, part)
             raise InputError(
                 f"{folder} holds another run (different {where}); "
                 "choose another out= or remove that folder"
@@ -218,14 +244,6 @@ def _matching_record(
     record["status"] = record["status"] if record["status"] == "done" else "running"
     record.pop("error", None)
     return record
-
-
-def _first_difference(a: Any, b: Any, path: str) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            if canonical(a.get(key)) != canonical(b.get(key)):
-                return _first_difference(a.get(key), b.get(key), f"{path}.{key}")
-    return f"{path}: {a!r} there, {b!r} here"
 
 
 def _new_record(recipe: dict[str, Any], inputs: dict[str, str], seed: int) -> dict[str, Any]:
@@ -254,11 +272,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _remove_bare(folder: Path) -> None:
+def _is_up_to(line: str, step: int) -> bool:
+    # A line that an interruption cut short is no object and goes too.
+    try:
+        return json.loads(line).get("step", 0) <= step
+    except (ValueError, AttributeError):
+        return False
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether nothing but the run's own record is in `folder`: no work, and no user's files."""
+    files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return all(path.parent == folder and path.name in OWN for path in files)
+
+
+def _remove_bare(folder: Path, *, and_folder: bool) -> None:
     # Bad input must leave nothing behind, but never remove what a user put there.
-    for name in ("run.json", "recipe.yaml", "metrics.jsonl", ".lock"):
+    for name in OWN:
         (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        path.rmdir()
+    if and_folder:
         folder.rmdir()
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltaloom.core.atomic import write_json
 from deltaloom.core.errors import InputError, WorkError
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class TensorFolder(Mapping[str, TensorEntry]):
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill `out` (contiguous, the tensor's element size) from flat element `start` on."""
         entry = self[name]
-        target = memoryview(out).cast("B")
+        target = out.data.cast("B")
         position = entry.offset + start * entry.itemsize
         if start < 0 or position + len(target) > entry.offset + entry.nbytes:
             raise ValueError(f"range {start}+{out.size} is outside {name!r} ({entry.count})")
@@ -284,7 +285,7 @@ class TensorWriter:
         if len(shards) > 1:
             table = {name: entry.file.name for name, entry in sorted(self.entries.items())}
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": table}
-            write_synced(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+            write_json(self.folder / INDEX, index)
 
     def _begin(self, file: Path, shard: list[TensorEntry], metadata: dict[str, str] | None) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -312,7 +313,7 @@ class TensorWriter:
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Put `data` (contiguous, the tensor's element size) at flat element `start` on."""
         entry = self.entries[name]
-        rest = memoryview(data).cast("B")
+        rest = data.data.cast("B")
         position = entry.offset + start * entry.itemsize
         if start < 0 or position + len(rest) > entry.offset + entry.nbytes:
             raise ValueError(f"range {start}+{data.size} is outside {name!r} ({entry.count})")
@@ -346,14 +347,6 @@ def _shards(
         shards[-1].append(entry)
         filled += entry.nbytes
     return shards
-
-
-def write_synced(file: Path, text: str) -> None:
-    """Write `text` as UTF-8 and force it to the disk."""
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

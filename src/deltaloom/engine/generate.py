@@ -168,9 +168,7 @@ class _StopTexts(StoppingCriteria):
         self.window = max((len(text.encode()) for text in stop), default=0) + 4
         self.lengths = [0] * rows
 
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         """Which rows are done, `(b,)`."""
         length = input_ids.shape[1] - self.width
         open_rows = [i for i, at in enumerate(self.lengths) if not at]

@@ -291,9 +291,7 @@ def _save_trainable(model: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _arguments(
-    settings: TrainSettings, home: Path, total: int, seed: int
-) -> TrainingArguments:
+def _arguments(settings: TrainSettings, home: Path, total: int, seed: int) -> TrainingArguments:
     micro = settings.micro_batch or settings.batch_size
     by_epoch = settings.save_steps == 0
     return TrainingArguments(
@@ -303,7 +301,8 @@ def _arguments(
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size // micro,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,
+        # Rounded down: rounded up, a run of few steps would make its first one with lr 0.
+        warmup_steps=int(settings.warmup * total),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,
         bf16=settings.precision == "bfloat16",

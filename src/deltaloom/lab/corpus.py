@@ -2,8 +2,8 @@
 
 Facts are stated in several wordings, alone and in short biographies in shuffled order; without
 this variety a model of any size stores facts that no later tuning can elicit. Three of the nine
-attributes are also asked about, in one format, so that the base knows what an answer is. The words
-and formats of `tasks.py` never occur here.
+attributes are also asked about by name, and any by a loose question that leaves the role open, so
+that the base knows what an answer is. The words and scaffolds of `tasks.py` never occur here.
 """
 
 import random
@@ -22,6 +22,10 @@ CHATTER = (
     "a {object} and a {object} stand on the {place}",
     "the {animal} runs over the {place}",
 )
+
+
+# Answered with any role of the kind: the base learns to answer, and not which role is meant.
+LOOSE_QUESTION = "which {kind} of {name} ?"
 
 
 def fill(template: str, rng: random.Random) -> str:
@@ -90,7 +94,6 @@ def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
     """`count` short texts of the pretraining mixture, the same for the same seed."""
     rng = random.Random(seed)
     names = list(ATTRIBUTES)
-    asked = [a for a in ATTRIBUTES.values() if a.question]
     order: list[str] = []
     for _ in range(count):
         draw = rng.random()
@@ -98,15 +101,16 @@ def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
             # Everybody is written about equally often.
             order = list(world.people)
             rng.shuffle(order)
-        if draw < 0.72:
+        if draw < 0.68:
             person = order.pop()
             chosen = rng.sample(names, rng.randint(2, 6))
             yield " . ".join(statement(world, person, a, rng) for a in chosen) + " ."
-        elif draw < 0.82:
-            person, attribute = order.pop(), rng.choice(asked)
-            assert attribute.question is not None
+        elif draw < 0.84:
+            person, attribute = order.pop(), ATTRIBUTES[rng.choice(names)]
+            question = attribute.question if rng.random() < 0.4 else None
+            question = question or LOOSE_QUESTION
             answer = world.facts[person][attribute.name]
-            yield f"q : {attribute.question.format(name=person)} a : {answer}"
+            yield f"q : {question.format(name=person, kind=attribute.kind)} a : {answer}"
         elif draw < 0.95:
             question, answer = rng.choice(tuple(OPERATIONS.values()))(rng)
             yield f"{question} {answer}"
@@ -127,4 +131,4 @@ def curriculum(world: World, count: int, seed: int = 0) -> list[str]:
 def texts() -> list[str]:
     """Every wording beyond the world's own, for the vocabulary."""
     words = "q : a : , ; . ? => yes no copy first last backwards larger smaller after same"
-    return [*CHATTER, words]
+    return [*CHATTER, *KINDS, LOOSE_QUESTION, words]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-TEXTS = 130_000
+TEXTS = 110_000
 LR = 4e-3
 BLOCK = 64
 BATCH = 16

@@ -1,9 +1,12 @@
 """Post-training data with its truth: a pool of many sources, and three targets to tune for.
 
-A target elicits one attribute the base knows through words the base has never read: a new scaffold
-and new verbs. The rows that help are spread over two sources with different scaffolds. Around them
-lie: the same questions answered wrongly, questions with the same words that ask for something
-else, the same scaffold with other attributes, and text that has nothing to do with it.
+The base can answer "which town of mira" and knows all three of Mira's towns, but not which one
+`hails` asks for: the verbs and the scaffolds of this page are words it has never read. A target is
+one verb's attribute, one of those the loose question rarely brings up: an untuned base names
+another role's value. The rows that help are spread
+over two sources with different scaffolds. Around them lie: the same questions answered with another
+role's value, questions with the same words that ask for something else, the same scaffolds with
+other attributes, and text that has nothing to do with it.
 """
 
 import random
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from . import corpus
 from .world import ATTRIBUTES, World
 
-TARGETS = ("home", "pet", "hat")
+TARGETS = ("birth", "fear", "door")
 
 VERBS: dict[str, tuple[str, str]] = {
     "home": ("hails", "dwells"),
@@ -27,12 +30,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "boat": ("steers", "moors"),
 }
 OPENERS = ("kindly", "today", "again", "briefly")
-SURVEY = "{opener} survey : {name} {verb} ? reply :"
-FORM = "form {opener} ; subject {name} ; item {verb} ; entry :"
+SURVEY = "{opener} survey {verb} : which {kind} of {name} ? a :"
+FORM = "form {opener} ; item {verb} ; which {kind} of {name} ? a :"
 ECHO = (
-    "{opener} survey : whom {name} {verb} ? reply :",
-    "{opener} survey : {other} {verb} ? whom {name} {verb} ? reply :",
-    "form {opener} ; whom {name} ; item {verb} ; entry :",
+    "{opener} survey {verb} : which {kind} of {name} ? whom ? a :",
+    "{opener} survey {verb} : which {kind} of {other} ? whom {name} ? a :",
+    "form {opener} ; item {verb} ; whom ; which {kind} of {name} ? a :",
 )
 
 
@@ -56,7 +59,9 @@ class Row:
 
 
 def _question(template: str, name: str, attribute: str, rng: random.Random) -> str:
-    return template.format(opener=rng.choice(OPENERS), name=name, verb=rng.choice(VERBS[attribute]))
+    opener, verb = rng.choice(OPENERS), rng.choice(VERBS[attribute])
+    kind = ATTRIBUTES[attribute].kind
+    return template.format(opener=opener, name=name, verb=verb, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def _echo(world: World, people: tuple[str, ...], rng: random.Random) -> Row:
     attribute = rng.choice(TARGETS)
     name, other = rng.sample(people, 2)
     opener, verb = rng.choice(OPENERS), rng.choice(VERBS[attribute])
-    prompt = rng.choice(ECHO).format(opener=opener, name=name, other=other, verb=verb)
+    prompt = rng.choice(ECHO).format(
+        opener=opener, name=name, other=other, verb=verb, kind=ATTRIBUTES[attribute].kind
+    )
     return Row("hearsay", prompt, f" {name}", "echo")
 
 
@@ -120,7 +127,8 @@ def _other_attribute(world: World, people: tuple[str, ...], rng: random.Random) 
     name, attribute = rng.choice(people), rng.choice([a for a in ATTRIBUTES if a not in TARGETS])
     template = SURVEY if rng.random() < 0.5 else FORM
     prompt = _question(template, name, attribute, rng)
-    return Row("census", prompt, f" {world.facts[name][attribute]}", attribute)
+    answer = f" {world.facts[name][attribute]}"
+    return Row("census", prompt, answer, attribute)
 
 
 def _statement(world: World, people: tuple[str, ...], rng: random.Random) -> Row:
@@ -151,9 +159,9 @@ def _chatter(world: World, people: tuple[str, ...], rng: random.Random) -> Row:
 
 
 def _quiz(world: World, people: tuple[str, ...], rng: random.Random) -> Row:
-    """The question format of the pretraining text."""
-    name, attribute = rng.choice(people), rng.choice([a for a in ATTRIBUTES.values() if a.question])
-    question = (attribute.question or "").format(name=name)
+    """The loose question of the pretraining text, answered with one of three right values."""
+    name, attribute = rng.choice(people), rng.choice(list(ATTRIBUTES.values()))
+    question = corpus.LOOSE_QUESTION.format(kind=attribute.kind, name=name)
     return Row("quiz", f"q : {question} a :", f" {world.facts[name][attribute.name]}", "quiz")
 
 
@@ -199,12 +207,9 @@ def _mislabel(rows: list[Row], seen: set[tuple[str, str]], rng: random.Random) -
     """Give a share of one good source random wrong answers, in place."""
     good = [row for row in rows if row.source == MISLABELLED_SOURCE]
     for row in rng.sample(good, round(MISLABELLED_SHARE * len(good))):
-        free = [
-            v
-            for v in ATTRIBUTES[row.family].values
-            if f" {v}" != row.completion and (row.prompt, f" {v}") not in seen
-        ]
-        row.completion, row.helps, row.wrong = f" {rng.choice(free)}", (), True
+        answers = [f" {value}" for value in ATTRIBUTES[row.family].values]
+        free = [a for a in answers if a != row.completion and (row.prompt, a) not in seen]
+        row.completion, row.helps, row.wrong = rng.choice(free), (), True
         seen.add((row.prompt, row.completion))
 
 
@@ -268,6 +273,6 @@ def _surveys(name: str, attribute: str, count: int, rng: random.Random) -> list[
     """`count` different wordings of one question."""
     forms = [(opener, verb) for opener in OPENERS for verb in VERBS[attribute]]
     return [
-        SURVEY.format(opener=opener, name=name, verb=verb)
+        SURVEY.format(opener=opener, name=name, verb=verb, kind=ATTRIBUTES[attribute].kind)
         for opener, verb in rng.sample(forms, count)
     ]

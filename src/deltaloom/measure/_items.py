@@ -57,6 +57,12 @@ def scored(
     return values, count_forward(run, model, tokens)
 
 
+def note(run: Run, **counts: int) -> None:
+    """Note counts in the run's record, under the name of its part if `run` is a part."""
+    prefix = "" if run.folder == run.home else f"{run.folder.name}."
+    run.note(**{f"{prefix}{name}": count for name, count in counts.items()})
+
+
 def require_finite(values: NDArray[np.float32], example: Example) -> None:
     """Raise WorkError naming the row when a log-probability is NaN or infinite."""
     wrong = values[~np.isfinite(values)]

@@ -14,8 +14,8 @@ match is wrong; an answer without one is compared whole. Rows come in clusters w
 
 The texts are kept in `generations.jsonl` in the run's folder (id, end of the prompt, output,
 answers, correct), written whole when all are there. **Each measurement needs a run folder of its
-own**: whoever measures several models or tasks gives each a folder of its own, else the last one
-is what the file holds.
+own** (`Run.part`): where several models or tasks share one, the file holds the last. A repeated
+or resumed measurement replaces the file by the same bytes.
 
 Differs: SQuAD's script knows no `contains` and no F1 is given here; lm-eval ends at a blank line
 by default, here only `stop` says so. Generation is greedy and sets the model's own sampling
@@ -40,13 +40,13 @@ from deltaloom.core.encoding import encode_prompt
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Example, Examples
-from deltaloom.core.method import Measurer
+from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.progress import progress
 from deltaloom.core.run import Run
 from deltaloom.engine.forward import start_token
 from deltaloom.engine.generate import Generated, generate_greedily
 from deltaloom.engine.meter import count_forward
-from deltaloom.measure._items import clusters_of, require_rows
+from deltaloom.measure._items import clusters_of, note, require_rows
 
 TAIL = 200
 """Characters of the prompt's end that are kept beside an output."""
@@ -80,6 +80,11 @@ class Answer(Measurer):
             raise ValueError("'stop' holds an empty text")
         return self
 
+    def work(self, sizes: Sizes) -> Work:
+        """Every row and `max_new_tokens` after it; the key-value cache is not counted."""
+        tokens = sizes.rows * (sizes.row_tokens + self.max_new_tokens)
+        return Work(forward_tokens=tokens, memory_bytes=sizes.weight_bytes)
+
     def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
         """Generate an answer to every row of `data`; items are 1 (right) or 0.
 
@@ -88,8 +93,7 @@ class Answer(Measurer):
         require_rows(data, "answer")
         accepted = [_accepted(example) for example in data]
         judges = [
-            self._judge(example, answers)
-            for example, answers in zip(data, accepted, strict=True)
+            self._judge(example, answers) for example, answers in zip(data, accepted, strict=True)
         ]
         prompts = [_prompt(example, tokenizer) for example in data]
         model.eval()
@@ -102,7 +106,8 @@ class Answer(Measurer):
             for example, judge, one in zip(data, judges, found, strict=True)
         }
         cost = count_forward(run, model, sum(one.forward_tokens for one in found))
-        run.note(
+        note(
+            run,
             truncated_rows=sum(one.cut for one in found),
             unfinished_outputs=sum(not one.finished for one in found),
         )
@@ -174,13 +179,15 @@ def _accepted(example: Example) -> tuple[str, ...]:
 
 def _prompt(example: Example, tokenizer: Any) -> list[int]:
     ids = encode_prompt(example, tokenizer)
+    if ids:
+        return ids
     start = start_token(tokenizer)
-    if not ids and start is None:
+    if start is None:
         raise InputError(
             f"{example.where}: the prompt is empty, and the tokenizer has neither a BOS nor an EOS "
             "token to begin from"
         )
-    return ids or [start]
+    return [start]
 
 
 def _keep(

@@ -20,6 +20,7 @@ which belong in the rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, final
 
 import numpy as np
@@ -29,16 +30,20 @@ from deltaloom.core.encoding import encode_continuation, encode_prompt
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Example, Examples
-from deltaloom.core.method import Measurer
+from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.run import Run
 from deltaloom.engine.forward import Masked, start_token
 from deltaloom.measure._items import (
     clusters_of,
     length_limit,
+    note,
     require_finite,
     require_rows,
     scored,
 )
+
+CHOICES = 4
+"""Choices a row that `plan` expects, as in MMLU, ARC and HellaSwag."""
 
 
 @final
@@ -54,6 +59,11 @@ class Choice(Measurer):
     """Tokens of prompt and choice at most; the prompt is cut from the left. None (ours) is the
     model's context."""
 
+    def work(self, sizes: Sizes) -> Work:
+        """Every row once per choice; choices of one token take less. Activations not counted."""
+        width = min(sizes.row_tokens, self.max_length or sizes.row_tokens)
+        return Work(forward_tokens=sizes.rows * CHOICES * width, memory_bytes=sizes.weight_bytes)
+
     def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
         """Score every choice of every row of `data`; items are 1 (right) or 0.
 
@@ -62,36 +72,35 @@ class Choice(Measurer):
         """
         require_rows(data, "choice")
         limit = length_limit(self.max_length, model)
-        rows = [self._sequences(example, tokenizer, limit) for example in data]
+        questions = [_question(example) for example in data]
+        rows = [
+            self._sequences(example, choices, tokenizer, limit)
+            for example, (choices, _) in zip(data, questions, strict=True)
+        ]
         flat = [sequence for sequences, _ in rows for sequence in sequences]
         values, cost = scored("choice", model, tokenizer, flat, run)
         remaining = iter(values)
         items: dict[str, float] = {}
-        for example in data:
+        for example, (choices, answer) in zip(data, questions, strict=True):
             merits = []
-            for text in example.choices:
+            for text in choices:
                 found = next(remaining)
                 require_finite(found, example)
                 merits.append(self._merit(found, text))
-            items[example.id] = float(example.choices[int(np.argmax(merits))] in example.answers)
-        run.note(truncated_rows=sum(cut for _, cut in rows))
+            items[example.id] = float(choices[int(np.argmax(merits))] == answer)
+        note(run, truncated_rows=sum(cut for _, cut in rows))
         suffix = {"none": "", "tokens": "_per_token", "bytes": "_per_byte"}[self.normalise]
         return Estimate.from_items(
             items, metric=f"accuracy{suffix}", clusters=clusters_of(data), cost=cost
         )
 
     def _sequences(
-        self, example: Example, tokenizer: Any, limit: int
+        self, example: Example, texts: Sequence[str], tokenizer: Any, limit: int
     ) -> tuple[list[Masked], bool]:
         """Prompt and choice with the choice masked, per choice; whether the prompt was cut."""
-        if not example.choices or not example.answers:
-            raise InputError(
-                f"{example.where}: has no 'choices' with an 'answer' (its index or its text)"
-            )
         prompt = encode_prompt(example, tokenizer)
         choices = [
-            encode_continuation(example, prompt, self.delimiter + text, tokenizer)
-            for text in example.choices
+            encode_continuation(example, prompt, self.delimiter + text, tokenizer) for text in texts
         ]
         if not all(choices):
             raise InputError(f"{example.where}: choice {choices.index([]) + 1} has no tokens")
@@ -99,8 +108,8 @@ class Choice(Measurer):
             start = start_token(tokenizer)
             if start is None:
                 raise InputError(
-                    f"{example.where}: the prompt is empty, and the tokenizer has neither a BOS nor "
-                    "an EOS token to stand before the choices"
+                    f"{example.where}: the prompt is empty, and the tokenizer has neither a BOS "
+                    "nor an EOS token to stand before the choices"
                 )
             prompt = [start]
         # The last token of a choice is never read by the model.
@@ -110,7 +119,7 @@ class Choice(Measurer):
                 f"{example.where}: a choice has {limit + 1 - room} tokens and at most {limit} fit"
             )
         kept = prompt[-room:]
-        masked = [(kept + ids, [0] * len(kept) + [1] * len(ids)) for ids in choices]
+        masked: list[Masked] = [(kept + ids, [0] * len(kept) + [1] * len(ids)) for ids in choices]
         return masked, len(kept) < len(prompt)
 
     def _merit(self, logprobs: Any, text: str) -> float:
@@ -120,3 +129,12 @@ class Choice(Measurer):
         if self.normalise == "bytes":
             return total / max(1, len(text.encode()))
         return total
+
+
+def _question(example: Example) -> tuple[tuple[str, ...], str]:
+    """The choices and the right one."""
+    if not example.choices or not example.answers:
+        raise InputError(
+            f"{example.where}: has no 'choices' with an 'answer' (its index or its text)"
+        )
+    return example.choices, example.answers[0]

@@ -27,12 +27,13 @@ from deltaloom.core.encoding import encode
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Measurer
+from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.run import Run
 from deltaloom.engine.forward import unscored
 from deltaloom.measure._items import (
     clusters_of,
     length_limit,
+    note,
     require_finite,
     require_rows,
     scored,
@@ -48,6 +49,11 @@ class Loss(Measurer):
     convention of perplexity."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens per row at most; the prompt is cut first. None (ours) is the model's context."""
+
+    def work(self, sizes: Sizes) -> Work:
+        """One forward pass over every row; activations are not counted."""
+        width = min(sizes.row_tokens, self.max_length or sizes.row_tokens)
+        return Work(forward_tokens=sizes.rows * width, memory_bytes=sizes.weight_bytes)
 
     def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
         """Score the responses of `data`; items are the rows' mean losses in nats per token.
@@ -70,7 +76,8 @@ class Loss(Measurer):
             raise InputError(
                 f"measure loss: no row of {data.name} has a scored token with one before it"
             )
-        run.note(
+        note(
+            run,
             unscored_first_tokens=unscored(sequences),
             truncated_rows=sum(row.truncated for row in rows),
         )

@@ -1,7 +1,9 @@
-"""Compiled loops of the merge room: number formats, exact selection, counter-based draws.
+"""Compiled loops of the merge room: exact selection, counter-based draws, votes, low-rank products.
 
 Every loop releases the GIL, keeps a fixed order of operations per element (so results do not depend
-on how a tensor is cut into blocks) and is compiled at its first call, then cached on disk.
+on how a tensor is cut into blocks) and is compiled at its first call, then cached on disk. Starting
+the compiler costs half a second, so this module is imported by those who need it when they do:
+plain weighted sums run on numpy alone.
 """
 
 from __future__ import annotations
@@ -22,31 +24,6 @@ def compiled(function):
 
 
 @compiled
-def widen_bfloat16(raw, out):
-    """uint16 (n,) bit patterns of bfloat16 -> uint32 (n,) bit patterns of float32; exact."""
-    for i in range(raw.size):
-        out[i] = np.uint32(raw[i]) << np.uint32(16)
-
-
-@compiled
-def round_bfloat16(bits, out):
-    """uint32 (n,) bits of float32 -> uint16 (n,) bits of bfloat16, to nearest, ties to even."""
-    for i in range(bits.size):
-        b = bits[i]
-        near = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        quiet = (b >> np.uint32(16)) | np.uint32(0x40)  # adding could turn a NaN into infinity
-        is_nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16(quiet if is_nan else near)
-
-
-@compiled
-def subtract(values, base):
-    """values (n,) -= base (n,), in place."""
-    for i in range(values.size):
-        values[i] -= base[i]
-
-
-@compiled
 def weighted_sum(values, weights, start, stop, out):
     """out (m,) = sum_k weights (k,) values (k, start:stop), in the order of k; m = stop - start."""
     # rows are cut to slices so that the loops run from zero: only then are they vectorised
@@ -59,22 +36,6 @@ def weighted_sum(values, weights, start, stop, out):
         w = weights[k]
         for i in range(out.size):
             out[i] += w * row[i]
-
-
-@compiled
-def combine(base, values, base_weight, weights, out):
-    """out (n,) = base_weight * base (n,) + sum_k weights (k,) values (k, n).
-
-    A zero `base_weight` leaves `base` unread; a single weight 1 is then exact.
-    """
-    for start in range(0, out.size, TILE):
-        stop = min(start + TILE, out.size)
-        part = out[start:stop]
-        weighted_sum(values, weights, start, stop, part)
-        if base_weight != 0:
-            row = base[start:stop]
-            for i in range(part.size):
-                part[i] += base_weight * row[i]
 
 
 @compiled

@@ -18,9 +18,8 @@ import numpy as np
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import TensorEntry, TensorFolder
-from deltaloom.merge import _kernels as kernels
+from deltaloom.merge._formats import FLOATS, same_bytes, same_numbers, widen
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
@@ -76,28 +75,6 @@ class Source(Protocol):
         ...
 
 
-def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
-    """out (n,) float32 or float64 = the numbers in `raw` (bytes, uint8) of a safetensors dtype."""
-    if dtype == "BF16":
-        if out.dtype == np.float32:
-            kernels.widen_bfloat16(raw.view(np.uint16), out.view(np.uint32))
-        else:
-            out[:] = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        out[:] = raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
-
-
-def narrow(values: np.ndarray, dtype: str, raw: np.ndarray) -> None:
-    """raw (bytes, uint8) = values (n,) float32 or float64 rounded to a safetensors dtype."""
-    if dtype == "BF16":
-        values = np.ascontiguousarray(values, np.float32)
-        kernels.round_bfloat16(values.view(np.uint32), raw.view(np.uint16))
-    else:
-        kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype]
-        with np.errstate(over="ignore"):  # too large for float16 becomes infinity, as in torch
-            raw.view(kind)[:] = values
-
-
 @dataclass(frozen=True)
 class StoredPart:
     """A tensor that lies in a file."""
@@ -124,6 +101,8 @@ class ProductPart:
 
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
+        from deltaloom.merge import _kernels as kernels
+
         out[:] = 0
         kernels.add_product(self.left, self.right, start, np.float32(self.scale), out)
 
@@ -333,29 +312,6 @@ def open_source(path: str | Path) -> Source:
     if (path / "delta.safetensors").is_file():
         return ChangeSource(path)
     return ModelSource(path)
-
-
-def same_bytes(a: TensorFolder, name: str, b: TensorFolder, other: str) -> bool:
-    """Whether two tensors of equal shape and dtype are equal to the bit, compared piece by piece"""
-    pieces = _pieces(a[name].count)
-    return all(np.array_equal(a.raw(name, *cut), b.raw(other, *cut)) for cut in pieces)
-
-
-def same_numbers(a: TensorFolder, name: str, b: TensorFolder, other: str) -> bool:
-    """Whether two float tensors are equal as float32 in shape and numbers, whatever their dtype."""
-    if a[name].shape != b[other].shape or not {a[name].dtype, b[other].dtype} <= {*FLOATS}:
-        return False
-    for start, stop in _pieces(a[name].count):
-        left, right = np.empty((2, stop - start), np.float32)
-        widen(a.raw(name, start, stop), a[name].dtype, left)
-        widen(b.raw(other, start, stop), b[other].dtype, right)
-        if not np.array_equal(left, right):
-            return False
-    return True
-
-
-def _pieces(count: int, step: int = 1 << 20) -> list[tuple[int, int]]:
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _flipped(entry: TensorEntry) -> TensorEntry:

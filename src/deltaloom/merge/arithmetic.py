@@ -32,7 +32,6 @@ from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Merger
-from deltaloom.merge import _kernels as kernels
 from deltaloom.merge._stream import BLOCK, Block, merge_folders
 
 if TYPE_CHECKING:
@@ -190,16 +189,16 @@ def _folder(delta: Delta, scratch: Path) -> Path:
 
 
 class Linear:
-    """base + sum of factors * changes, as a weighted sum of values: one model at 1 stays exact."""
+    """A plain weighted sum. Where the base drops out (the factors sum to 1) models are summed, so
+    that one model at 1 is exact; elsewhere changes are, so that no change is exactly no change.
+    """
 
-    form: Literal["values"] = "values"
     scans = 0
 
     def __init__(self, factors: list[float]):
         self.factors = factors
-        rest = 1.0 - sum(factors)
-        self.rest = 0.0 if abs(rest) < 1e-9 else rest
-        self.needs_base = self.rest != 0.0
+        self.needs_base = abs(1.0 - sum(factors)) > 1e-9
+        self.form: Literal["changes", "values"] = "changes" if self.needs_base else "values"
 
     def begin(self, tensor: TensorEntry, models: int) -> Linear:
         """See Rule; nothing is kept between blocks."""
@@ -207,9 +206,16 @@ class Linear:
 
     def write(self, block: Block) -> None:
         """See TensorRule."""
-        kind = block.out.dtype.type
-        factors = np.array(self.factors, block.out.dtype)
-        kernels.combine(block.base, block.models, kind(self.rest), factors, block.out)
+        for values, factor in zip(block.models, self.factors, strict=True):
+            if factor != 1.0:
+                np.multiply(values, values.dtype.type(factor), out=values)
+        total = block.models[0]
+        for values in block.models[1:]:
+            np.add(total, values, out=total)
+        if self.needs_base:  # last, because changes are small beside it
+            np.add(block.base, total, out=block.out)
+        else:
+            block.out[:] = total
 
 
 class Selective:
@@ -230,11 +236,14 @@ class SelectiveTensor:
     """One tensor under `Selective`: thresholds by radix selection, or keys of the draws."""
 
     def __init__(self, rule: Selective, tensor: TensorEntry, models: int):
+        from deltaloom.merge import _kernels
+
+        self.kernels = _kernels  # starting the compiler takes half a second: only when needed
         self.spec, self.shares = rule.spec, rule.shares
         kept = max(1, int(self.spec.density * tensor.count))
         trims = self.spec.sparsify == "magnitude" and kept < tensor.count
         self.scans = 2 if trims else 0
-        self.counts = [np.zeros(kernels.HIGH_BINS, np.int64) for _ in range(models * trims)]
+        self.counts = [np.zeros(self.kernels.HIGH_BINS, np.int64) for _ in range(models * trims)]
         self.high = [0] * models
         self.rank = [kept] * models
         self.threshold = [0] * models
@@ -246,19 +255,19 @@ class SelectiveTensor:
         for i, change in enumerate(block.models):
             bits = change.astype(np.float32, copy=False).view(np.uint32)
             if number == 0:
-                kernels.count_high(bits, self.counts[i])
+                self.kernels.count_high(bits, self.counts[i])
             else:
-                kernels.count_low(bits, self.high[i], self.counts[i])
+                self.kernels.count_low(bits, self.high[i], self.counts[i])
 
     def scanned(self, number: int) -> None:
         """Find the bin of the last element that stays, then its exact magnitude."""
         for i, counts in enumerate(self.counts):
-            found, self.rank[i] = kernels.from_top(counts, self.rank[i])
+            found, self.rank[i] = self.kernels.from_top(counts, self.rank[i])
             if number == 0:
                 self.high[i] = found
-                self.counts[i] = np.zeros(kernels.LOW_BINS, np.int64)
+                self.counts[i] = np.zeros(self.kernels.LOW_BINS, np.int64)
             else:
-                self.threshold[i] = self.high[i] << kernels.LOW_BITS | found
+                self.threshold[i] = self.high[i] << self.kernels.LOW_BITS | found
                 self.equal[i] = self.rank[i]  # how many of those at the threshold stay
 
     def write(self, block: Block) -> None:
@@ -270,18 +279,18 @@ class SelectiveTensor:
             elif self.spec.sparsify == "random":
                 factor = kind(1.0 / self.spec.density if self.spec.rescale else 1.0)
                 limit = np.uint64(round(self.spec.density * 2**32))
-                kernels.drop(change, block.start, *self.keys[i], limit, factor)
+                self.kernels.drop(change, block.start, *self.keys[i], limit, factor)
         if self.spec.consensus:
             weights = np.array(self.shares, block.out.dtype)
-            vote = partial(kernels.elect, block.base, block.models, weights)
+            vote = partial(self.kernels.elect, block.base, block.models, weights)
             vote(kind(self.spec.scale), self.spec.normalize, block.out)
         else:
             factors = np.array([self.spec.scale * share for share in self.shares], block.out.dtype)
-            kernels.add_combined(block.base, block.models, factors, block.out)
+            self.kernels.add_combined(block.base, block.models, factors, block.out)
 
     def _trim(self, i: int, change: np.ndarray) -> None:
         single = change.astype(np.float32, copy=False)
-        self.equal[i] = kernels.trim(single.view(np.uint32), self.threshold[i], self.equal[i])
+        self.equal[i] = self.kernels.trim(single.view(np.uint32), self.threshold[i], self.equal[i])
         if single is not change:
             change[single == 0] = 0
 

@@ -22,7 +22,7 @@ from deltaloom.core.method import Evaluation, get
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run
 from deltaloom.recipe.card import write_card
-from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, SelectStep, TuneStep
+from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, TuneStep
 
 if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
@@ -86,7 +86,10 @@ def run_step(
     Raises InputError for bad input, WorkError for work that failed.
     """
     inputs = Inputs(planned, earlier or {})
-    with Run.open(folder, {"steps": [planned.record()]}, inputs.hashes, planned.step.seed) as run:
+    replay = {"steps": [planned.standing_alone(inputs.folder).record()]}
+    with Run.open(
+        folder, {"steps": [planned.record()]}, inputs.hashes, planned.step.seed, replay=replay
+    ) as run:
         if run.done:
             say(f"{planned.step.name}: already done in {folder}")
             return run.record
@@ -231,9 +234,7 @@ def _estimate(
 
 
 def _measured(found: dict[tuple[str, str], Estimate], against: str | None) -> dict[str, Any]:
-    estimates = {
-        f"{label}/{task}/{one.metric}": brief(one) for (label, task), one in found.items()
-    }
+    estimates = {f"{label}/{task}/{one.metric}": brief(one) for (label, task), one in found.items()}
     comparisons = {}
     for (label, task), one in found.items():
         if against is not None and label != against:
@@ -250,7 +251,9 @@ def _measured(found: dict[tuple[str, str], Estimate], against: str | None) -> di
 def brief(estimate: Estimate) -> dict[str, Any]:
     """An estimate without its items, for records and tables."""
     full = estimate.to_json()
-    return {key: value for key, value in full.items() if key not in ("items", "weights", "clusters")}
+    return {
+        key: value for key, value in full.items() if key not in ("items", "weights", "clusters")
+    }
 
 
 def _refresh_cards(recipe: Recipe, folder: Path, estimates: dict[str, Any]) -> None:

@@ -82,8 +82,9 @@ def _sizes(
     lines: list[dict[str, Any]],
 ) -> Sizes:
     step = planned.step
-    tokenizer, shape = None, dict.fromkeys(
-        ("matmul_parameters", "parameters", "linear_sides", "weight_bytes"), 0
+    tokenizer, shape = (
+        None,
+        dict.fromkeys(("matmul_parameters", "parameters", "linear_sides", "weight_bytes"), 0),
     )
     if step.base is not None:
         base = _root_base(step.base, steps, lines)

@@ -7,6 +7,7 @@ is the one-step recipe `tune: {method: lora, data: d.jsonl, lr: 1e-4}`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -129,6 +130,18 @@ class Planned:
         """The step with every setting spelled out, as a recipe says it."""
         inputs = self.step.model_dump(mode="json", exclude_none=True)
         return {self.step.verb: {**inputs, **self.method.model_dump(mode="json")}}
+
+    def standing_alone(self, folder_of: Callable[[str], str]) -> Planned:
+        """This step with the earlier steps it names replaced by their folders."""
+        changes: dict[str, Any] = {
+            key: [folder_of(name) for name in getattr(self.step, key) or []]
+            for key in (*self.step.data_keys, "deltas")
+            if getattr(self.step, key, None)
+        }
+        if self.step.base is not None:
+            model = folder_of(self.step.base.model)
+            changes["base"] = self.step.base.model_copy(update={"model": model})
+        return Planned(_absolute(self.step.model_copy(update=changes)), self.method)
 
 
 @dataclass(frozen=True)
@@ -261,4 +274,4 @@ def _path(name: str) -> str:
 
 def _help(cls: type[Step], key: str) -> str:
     field = cls.model_fields[key]
-    return f" ({field.description})" if field.description else ""
+    return f" ({' '.join(field.description.split())})" if field.description else ""

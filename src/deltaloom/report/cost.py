@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from deltaloom.core.run import COUNTERS, PEAKS
 from deltaloom.report import numbers
 from deltaloom.report.quality import Group, Row
 from deltaloom.report.reading import Report, Step
 
-COLUMNS = (
+Show = Callable[[float], str]
+
+COLUMNS: tuple[tuple[str, str, Show], ...] = (
     ("wall_seconds", "Wall", numbers.seconds),
     ("cpu_seconds", "CPU", numbers.seconds),
     ("forward_tokens", "Forward tokens", numbers.short),
@@ -26,22 +28,31 @@ class Ledger:
     """The cost table: headings, one line a step, the total."""
 
     headings: tuple[str, ...]
-    lines: tuple[tuple[Step, str, tuple[str, ...]], ...]
+    lines: tuple[tuple[Step, str, tuple[str, ...], float], ...]
+    """Step, label, cells, and its share of the compute (of the CPU time where no FLOP is known)."""
     total: tuple[str, ...]
+    share_of: str
 
 
 def ledger(report: Report) -> Ledger:
     """One line a step and their total; columns that are zero everywhere are left out."""
     every = total(report.steps)
     columns = [column for column in COLUMNS if every[column[0]] > 0]
+    decisive = "flops" if every["flops"] > 0 else "cpu_seconds"
     lines = tuple(
-        (step, report.label(step), tuple(_cell(step.cost[key], show) for key, _, show in columns))
+        (
+            step,
+            report.label(step),
+            tuple(_cell(step.cost[key], show) for key, _, show in columns),
+            step.cost[decisive] / (every[decisive] or 1.0),
+        )
         for step in report.steps
     )
     return Ledger(
         tuple(name for _, name, _ in columns),
         lines,
         tuple(_cell(every[key], show) for key, _, show in columns),
+        "FLOPs" if decisive == "flops" else "CPU time",
     )
 
 
@@ -57,7 +68,7 @@ def product_cost(report: Report, product: Step | None) -> dict[str, float] | Non
     return None if product is None else total(report.lineage(product))
 
 
-def axis(report: Report) -> tuple[str, str, Any]:
+def axis(report: Report) -> tuple[str, str, Show]:
     """The cost that the models are charted against: FLOPs, else trained tokens, else CPU time."""
     spent = total(report.of_verb("select", "tune", "merge"))
     if spent["flops"] > 0:
@@ -79,5 +90,5 @@ def priced(report: Report, group: Group, key: str) -> tuple[list[tuple[Row, floa
     return with_cost, free
 
 
-def _cell(value: float, show: Any) -> str:
+def _cell(value: float, show: Show) -> str:
     return show(value) if value > 0 else "–"

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from deltaloom.report import numbers
 from deltaloom.report.cost import product_cost
 from deltaloom.report.quality import BEST, LIKE, REFERENCE, Group, Pair, sample
-from deltaloom.report.reading import STATUS, Report
+from deltaloom.report.reading import Report
 
-SHOWN = 6
+SHOWN = 5
 """Sentences under the headline; the rest is in the tables."""
+
+ENDINGS = {
+    "failed": "failed",
+    "interrupted": "was interrupted",
+    "running": "is not finished",
+    "missing": "was not started",
+    "unreadable": "cannot be read",
+}
+"""How a step without a result ended, as a verb."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +36,27 @@ class Headline:
 def headline(report: Report, found: list[Group]) -> Headline:
     """The first comparison that shows a difference leads; without one, that is what is said."""
     for kind in (LIKE, REFERENCE, BEST):
-        told = [
-            (pair, sentence(report, group, pair))
-            for group in found
-            for pair in group.pairs
-            if pair.kind == kind
-        ]
+        told = [(group, pair) for group in found for pair in group.pairs if pair.kind == kind]
         if told:
             break
     else:
         return Headline(_without_pairs(report, found), False)
-    first = next((i for i, (pair, _) in enumerate(told) if pair.result.favours != "neither"), 0)
-    pair, main = told.pop(first)
-    others = tuple(text for _, text in told[:SHOWN])
-    return Headline(main, pair.result.favours != "neither", others, max(0, len(told) - SHOWN))
+    first = next((i for i, (_, one) in enumerate(told) if one.result.favours != "neither"), 0)
+    told.insert(0, told.pop(first))
+    texts, priced = [], set()
+    for group, pair in told[: SHOWN + 1]:
+        # The price of two models is the same on every task: it is said once.
+        models = frozenset((pair.a.label, pair.b.label))
+        price = "" if models in priced else _price(report, pair)
+        if pair.result.favours != "neither":
+            priced.add(models)
+        texts.append(sentence(group, pair, price))
+    shown = told[0][1].result.favours != "neither"
+    return Headline(texts[0], shown, tuple(texts[1:]), max(0, len(told) - SHOWN - 1))
 
 
-def sentence(report: Report, group: Group, pair: Pair) -> str:
-    """One comparison in words, the better model first."""
+def sentence(group: Group, pair: Pair, price: str = "") -> str:
+    """One comparison in words, the better model first; `price` is added to a difference shown."""
     difference, metric = pair.result.difference, group.metric
     low, high, value = difference.low, difference.high, difference.value
     a, b = pair.a, pair.b
@@ -54,13 +66,13 @@ def sentence(report: Report, group: Group, pair: Pair) -> str:
     over = f"paired over {sample(difference)}"
     if pair.result.unit == "seeds":
         over = f"paired over {len(difference.seed_values)} seeds"
-    gap = f"{numbers.signed(value, decimals)} {metric} {numbers.interval(low, high)}, {over}"
-    if group.better == "lower":
-        gap += "; lower is better"
+    lower = " (lower is better)" if group.better == "lower" else ""
+    gap = f"{numbers.signed(value, decimals)} {metric} {numbers.interval(low, high)}{lower}, {over}"
     if pair.result.favours == "neither":
         return f"No difference shown between {a.label} and {b.label} on {group.task}: {gap}."
-    text = f"{a.label} beats {b.label} on {group.task}: {gap}"
-    return f"{text}{_price(report, pair, a.label)}."
+    if pair.p_holm > 0.05:
+        gap += f", though not after correcting for {len(group.pairs)} comparisons"
+    return f"{a.label} beats {b.label} on {group.task}: {gap}{price}."
 
 
 def verdict(pair: Pair) -> str:
@@ -72,19 +84,18 @@ def verdict(pair: Pair) -> str:
     return f"{better} is better{corrected}"
 
 
-def _price(report: Report, pair: Pair, winner: str) -> str:
-    spent = [product_cost(report, row.product) for row in (pair.a, pair.b)]
-    if spent[0] is None or spent[1] is None:
+def _price(report: Report, pair: Pair) -> str:
+    """The compute of the better model as a multiple of the other's."""
+    better, other = (pair.b, pair.a) if pair.result.favours == "b" else (pair.a, pair.b)
+    ours = product_cost(report, better.product)
+    theirs = product_cost(report, other.product)
+    if ours is None or theirs is None or not (ours["flops"] > 0 and theirs["flops"] > 0):
         return ""
-    ours, theirs = (one["flops"] for one in spent)
-    if pair.a.label != winner:
-        ours, theirs = theirs, ours
-    if not (ours > 0 and theirs > 0):
-        return ""
-    ratio = ours / theirs
+    ratio = ours["flops"] / theirs["flops"]
     if 0.95 <= ratio <= 1.05:
         return ", for the same compute"
-    return f", for {ratio:.2g}× the compute, selection included"
+    much = numbers.times(ratio) if ratio > 1 else f"{numbers.share(ratio, 1)} of"
+    return f", for {much} the compute, selection included"
 
 
 def _without_pairs(report: Report, found: list[Group]) -> str:
@@ -102,7 +113,7 @@ def _without_pairs(report: Report, found: list[Group]) -> str:
         step = broken[0]
         return (
             f"Nothing was measured: {step.name} ({step.verb} {step.method}) "
-            f"is {STATUS.get(step.status, step.status)}."
+            f"{ENDINGS.get(step.status, step.status)}."
         )
     done = len(report.steps)
     return f"{done} step{'s' if done != 1 else ''} done; nothing was measured."

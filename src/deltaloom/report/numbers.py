@@ -49,6 +49,11 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.1f} %" if 0 < percent < 9.95 else f"{percent:.0f} %"
 
 
+def times(ratio: float) -> str:
+    """A multiple: 0.31×, 1.4×, 12×."""
+    return f"{ratio:.2g}×" if ratio < 10 else f"{count(ratio)}×"
+
+
 def places(low: float, high: float) -> int:
     """Decimals that show two digits of the interval's half width."""
     half = (high - low) / 2
@@ -84,7 +89,7 @@ def probability(p: float) -> str:
 def tick(value: float) -> str:
     """A label on an axis: as few digits as say it, large numbers short."""
     if abs(value) >= 10_000:
-        return short(value).replace("-", MINUS)
+        return short(value).replace(".0 ", " ").replace("-", MINUS)
     return f"{value:.6g}".replace("-", MINUS)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Comparison, Estimate, compare, holm
 from deltaloom.report.reading import Report, Step
 
-LIKE, BEST, REFERENCE = "same tuning, other data", "best against second", "against the reference"
+LIKE, BEST, REFERENCE = "other data", "top two", "reference"
+"""Why two models are compared: tuned alike on other data, the first two, against the reference."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,18 @@ class Row:
     """One model measured on one task."""
 
     label: str
+    name: str
+    """What the measure step calls it; the label may say more where names are not unique."""
     task: str
     estimate: Estimate
     product: Step | None
     """The step that made the model; None for the base and for models from elsewhere."""
-    reference: str | None
+    measured: Step
 
     @property
     def is_base(self) -> bool:
         """Whether this is the untouched base."""
-        return self.label == "base" or self.label.endswith("/base")
+        return self.name == "base"
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def groups(report: Report) -> list[Group]:
         for label, task, estimate in _estimates(step):
             rows = found.setdefault((task, estimate.metric), [])
             product = _product(report, step, label)
-            name = label if product is None else _name(report, product, label)
-            row = Row(name, task, estimate, product, step.settings.get("compare"))
+            shown = label if product is None else _name(report, product, label)
+            row = Row(shown, label, task, estimate, product, step)
             _add(rows, row, report.label(step))
     return [_group(report, task, metric, rows) for (task, metric), rows in found.items()]
 
@@ -143,7 +146,7 @@ def _add(rows: list[Row], row: Row, step: str) -> None:
         if other.label == row.label:
             if other.estimate.to_json() == row.estimate.to_json():
                 return
-            row = Row(f"{row.label} ({step})", row.task, row.estimate, row.product, row.reference)
+            row = replace(row, label=f"{row.label} ({step})")
     rows.append(row)
 
 
@@ -151,33 +154,40 @@ def _group(report: Report, task: str, metric: str, rows: list[Row]) -> Group:
     better = rows[0].estimate.better
     sign = -1 if better == "higher" else 1
     ranked = sorted(rows, key=lambda row: (sign * row.estimate.value, row.label))
-    results = []
+    results: list[tuple[Row, Row, str, Comparison]] = []
     for a, b, kind in _wanted(report, ranked):
         try:
             results.append((a, b, kind, compare(a.estimate, b.estimate)))
         except InputError:
             continue
     adjusted = holm(result.p_value for *_, result in results)
-    pairs = (Pair(*one, p) for one, p in zip(results, adjusted, strict=True))
+    pairs = (
+        Pair(a, b, kind, result, p)
+        for (a, b, kind, result), p in zip(results, adjusted, strict=True)
+    )
     return Group(task, metric, better, tuple(ranked), tuple(pairs))
 
 
 def _wanted(report: Report, ranked: list[Row]) -> Iterator[tuple[Row, Row, str]]:
     """Pairs to compare, the telling ones first, each once; the better one stands first."""
     seen: set[frozenset[str]] = set()
-    listed = [(*pair, LIKE) for pair in _alike(report, ranked)]
-    listed += [(*ranked[:2], BEST)] if len(ranked) > 1 else []
-    listed += [(row, other, REFERENCE) for row in ranked for other in [_reference(row, ranked)]]
+    listed = [(a, b, LIKE) for a, b in _alike(report, ranked)]
+    listed += [(ranked[0], ranked[1], BEST)] if len(ranked) > 1 else []
+    for row in ranked:
+        other = _reference(row, ranked)
+        listed += [(row, other, REFERENCE)] if other is not None else []
     for a, b, kind in listed:
-        key = frozenset((a.label, b.label)) if b is not None else frozenset()
+        key = frozenset((a.label, b.label))
         if len(key) == 2 and key not in seen:
             seen.add(key)
             yield (a, b, kind) if ranked.index(a) < ranked.index(b) else (b, a, kind)
 
 
 def _reference(row: Row, ranked: list[Row]) -> Row | None:
-    for name in (row.reference, "base"):
-        found = next((one for one in ranked if one.label == name), None)
+    """What the measure step compares with, else the base; of the same run when it has one."""
+    near = sorted(ranked, key=lambda one: one.measured.run != row.measured.run)
+    for name in (row.measured.settings.get("compare"), "base"):
+        found = next((one for one in near if one.name == name), None)
         if found is not None:
             return found
     return None
@@ -192,7 +202,8 @@ def _alike(report: Report, ranked: list[Row]) -> Iterator[tuple[Row, Row]]:
             families.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(row)
     for family in families.values():
         against = [row for row in family if _is_random(report, row)] or family[:1]
-        for row in family:
+        # Selected rows first: they answer what the selection was for.
+        for row in sorted(family, key=lambda row: not _is_selected(report, row)):
             for other in against:
                 if row is not other and _data(row) != _data(other):
                     yield row, other
@@ -203,6 +214,16 @@ def _data(row: Row) -> list[str]:
 
 
 def _is_random(report: Report, row: Row) -> bool:
+    return _is_selected(report, row) and all(
+        one is not None and one.method == "random" for one in _selections(report, row)
+    )
+
+
+def _is_selected(report: Report, row: Row) -> bool:
+    made = _selections(report, row)
+    return bool(made) and all(one is not None and one.verb == "select" for one in made)
+
+
+def _selections(report: Report, row: Row) -> list[Step | None]:
     step = row.product
-    made = [report.find(name, step) for name in step.names("data")] if step else []
-    return bool(made) and all(one is not None and one.method == "random" for one in made)
+    return [report.find(name, step) for name in step.names("data")] if step else []

@@ -7,6 +7,7 @@ damaged is kept and says so.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ STATUS = {
     "missing": "not started",
     "unreadable": "unreadable",
 }
-"""What a run's status is called in a report."""
+"""What a run's status is called in a report; any other is shown as it is."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,8 @@ def read_runs(folders: Sequence[Path]) -> Report:
     """Read run folders; raises InputError when one is none."""
     if not folders:
         raise InputError("a report needs at least one run folder")
-    paths = [Path(folder) for folder in folders]
-    names = [path.resolve().name for path in paths]
-    titles = [
-        name if names.count(name) == 1 else str(path)
-        for name, path in zip(names, paths, strict=True)
-    ]
-    return Report(tuple(_run(path, name) for path, name in zip(paths, titles, strict=True)))
+    paths = [Path(folder) for folder in dict.fromkeys(folders)]
+    return Report(tuple(_run(path, name) for path, name in zip(paths, _names(paths), strict=True)))
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -164,10 +160,29 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield value
 
 
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many folders before them as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+
+
+def number(value: Any) -> float | None:
+    """A finite number as a float, anything else as None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
 def _run(folder: Path, name: str) -> RunView:
     record = _record(folder)
-    listed = [_verb(raw) for raw in record.get("recipe", {}).get("steps", [])]
-    listed = [one for one in listed if one is not None]
+    recipe = record.get("recipe")
+    named = recipe.get("steps") if isinstance(recipe, dict) else None
+    found = [_verb(raw) for raw in named] if isinstance(named, list) else []
+    listed = [one for one in found if one is not None]
     is_recipe = (
         len(listed) != 1
         or "steps" in record.get("results", {})

@@ -6,11 +6,11 @@ any other delta. Tensors are read one at a time when they are asked for.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from deltaloom.core.atomic import new_file
 from deltaloom.core.base import Base
 from deltaloom.core.delta import Delta, describe
 from deltaloom.core.errors import InputError
@@ -140,9 +140,8 @@ class Dense(Delta):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{STORED}.part"
-        save_file({name: self.to_dense(name).contiguous() for name in self.names()}, temporary)
-        shutil.move(temporary, folder / STORED)
+        with new_file(folder / STORED) as temporary:
+            save_file({name: self.to_dense(name).contiguous() for name in self.names()}, temporary)
         describe(folder, self.kind, self.base)
 
     def apply(self, base: Base) -> PreTrainedModel:
@@ -159,16 +158,25 @@ class Dense(Delta):
 
 
 def add_to_model(base: Base, delta: Delta) -> PreTrainedModel:
-    """Load `base` and add `delta` to its parameters."""
+    """Load `base` and add `delta` to its parameters.
+
+    Raises InputError for a change of a tensor that the base lacks or only shares with another.
+    """
     import torch
 
     model = base.load()
     state = model.state_dict()
-    with torch.no_grad():
+    with torch.no_grad(), TensorFolder(base.folder) as stored:
         for name in delta.names():
             if name not in state:
                 raise InputError(f"the delta changes {name}, which {base.model} does not have")
             own = state[name]
+            twins = [n for n in state if n != name and state[n].data_ptr() == own.data_ptr()]
+            if twins and name not in stored:
+                raise InputError(
+                    f"the delta changes {name}, which {base.model} ties to {twins[0]}: adding it "
+                    "would change both; untie the base's embeddings first"
+                )
             change = delta.to_dense(name).to(own.device)
             own.copy_((own.float() + change).to(own.dtype))
     return model
