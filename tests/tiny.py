@@ -16,7 +16,9 @@ def tokenizer_in(folder: Path, template: bool = True) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS.split()])}
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS.split()])
+    }
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(

@@ -144,13 +144,13 @@ def inputs(verb: str) -> dict[str, Any]:
     home = _home()
     base = {"base": str(home / "base")}
     if verb == "select":
-        pool, target = str(home / "pool.jsonl"), str(home / "target-home.jsonl")
+        pool, target = str(home / "pool.jsonl"), str(home / "target.jsonl")
         return {**base, "pool": pool, "target": target}
     if verb == "tune":
         return {**base, "data": str(home / "pool.jsonl")}
     if verb == "merge":
         return {**base, "deltas": [str(home / "one"), str(home / "two")]}
-    return {**base, "tasks": str(home / "test-home.jsonl")}
+    return {**base, "tasks": str(home / "test.jsonl")}
 
 
 @cache
@@ -158,11 +158,15 @@ def _home() -> Path:
     import atexit
     import tempfile
 
-    from deltaloom.lab.files import tiny_base, write_data
+    from deltaloom.lab.files import tiny_base, write_lab
 
     home = Path(tempfile.mkdtemp(prefix="deltaloom-testing-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
-    write_data(home, seed=0, size="small")
+    lab = write_lab(home / "lab", seed=0, size="small")
+    for role in ("pool", "target", "test"):
+        # Any target will do: the first by name.
+        key = min(key for key in lab if key.partition("-")[0] == role)
+        shutil.copyfile(lab[key], home / f"{role}.jsonl")
     tiny_base(home / "base")
     for seed, name in enumerate(("one", "two"), 1):
         shutil.copytree(home / "base", home / name)

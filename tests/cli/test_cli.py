@@ -145,7 +145,7 @@ def wait_for(path, seconds=60):
 
 
 def test_interrupted_and_killed_runs_resume_to_the_same_bytes(home, tmp_path):
-    more = ["epochs=120", "save_steps=20", "batch_size=4"]
+    more = ["epochs=60", "save_steps=20", "batch_size=4"]
     whole = start(home, tmp_path / "whole", *more)
     broken = start(home, tmp_path / "broken", *more)
     wait_for(tmp_path / "broken/.work/checkpoints/checkpoint-*")

@@ -67,6 +67,14 @@ def test_other_types_are_refused(tmp_path):
     assert not (tmp_path / "f").exists()
 
 
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    made = full(tmp_path / "f")
+    first = shard(tmp_path / "f", 1).read_bytes()
+    for _ in range(12):
+        made.write_shard(1, ROWS[3:6])
+        assert shard(tmp_path / "f", 1).read_bytes() == first
+
+
 # Resumption.
 
 

@@ -14,10 +14,10 @@ from deltaloom.lab.world import ATTRIBUTES, KINDS
 # Written out again on purpose: the test must not lean on the table it tests.
 ASKS = {
     "birth": {"stems", "originates"},
-    "fear": {"dreads", "shuns"},
+    "holiday": {"vacations", "sojourns"},
     "door": {"answers", "unlocks"},
 }
-MISTAKES = {"birth": "home", "fear": "pet", "door": "hat"}
+MISTAKES = {"birth": "home", "holiday": "birth", "door": "hat"}
 
 
 def read(path):

@@ -45,7 +45,7 @@ def test_base_cannot_tell_what_the_targets_ask(base, tokenizer, world):
     for name in TARGETS:
         rows = tasks.test_records(world, people, name, 2, 0)
         items = [(r["prompt"], r["choices"], r["answer"]) for r in rows]
-        assert accuracy(base, tokenizer, items) < 0.34, name
+        assert accuracy(base, tokenizer, items) < 0.4, name
 
 
 def test_task_words_are_not_in_the_pretraining_text(world):

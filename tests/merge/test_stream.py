@@ -23,7 +23,7 @@ from deltaloom.merge.arithmetic import Arithmetic
 
 LINEAR = Arithmetic().rule(1)
 TIES = {"sparsify": "magnitude", "consensus": True, "normalize": True, "density": 0.3}
-DARE = {"sparsify": "random", "consensus": True, "rescale": True, "density": 0.4, "seed": 3}
+DARE = {"sparsify": "random", "consensus": True, "rescale": True, "density": 0.4}
 SHAPES = {
     "model.embed_tokens.weight": (40, 24),
     "model.layers.0.mlp.up_proj.weight": (50, 24),

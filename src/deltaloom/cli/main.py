@@ -138,13 +138,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet()
     try:
-        app(standalone_mode=False)
+        # Typer turns an interruption into the exit code 130, which it returns.
+        code = app(standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except (InputError, WorkError) as error:
         sys.exit(fail(str(error), error.exit_code))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(fail("interrupted; the same command takes it up again", 130))
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

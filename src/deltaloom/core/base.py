@@ -143,7 +143,7 @@ class Base(Spec):
         self._check_model()
         device = self.resolved_device()
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype,
                 device_map="balanced" if device == "balanced" else None,
@@ -153,6 +153,7 @@ class Base(Spec):
         except (OSError, ValueError, KeyError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.folder}: the model does not load ({first})") from None
+        model, found = loaded
         if found["missing_keys"]:
             # transformers would fill them with random numbers and go on.
             raise InputError(

@@ -127,12 +127,14 @@ def _marked(example: Example, tokenizer: Any) -> list[tuple[str, int]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _naming(example):
-        (text,), (spans,) = render_jinja_template(
+        texts, marked = render_jinja_template(
             conversations=[list(example.messages or ())],
             chat_template=_template(example, tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
+    text: str = texts[0]
+    spans: Any = marked[0]
     pieces, done = [], 0
     for start, stop in spans:
         pieces += [(text[done:start], 0), (text[start:stop], 1)]

@@ -159,7 +159,7 @@ class Features:
         if rows.shape != wanted:
             raise ValueError(f"shard {number} must have shape {wanted}, not {rows.shape}")
         _check_finite(rows, self.ids[own.start : own.stop], self.folder)
-        data = save({"rows": rows}, metadata={"header": digest(self.header), "shard": str(number)})
+        data = save({"rows": rows}, metadata=self._mark(number))
         path = self._path(number)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -189,6 +189,10 @@ class Features:
         for number in range(len(self.shards())):
             self._read(number)
 
+    def _mark(self, number: int) -> dict[str, str]:
+        # One key only: safetensors writes several in an order that changes from call to call.
+        return {"shard": f"{number} of {digest(self.header)}"}
+
     def _path(self, number: int) -> Path:
         return self.folder / "shards" / f"{number:05d}.safetensors"
 
@@ -203,7 +207,7 @@ class Features:
             raise InputError(
                 f"{path} is damaged ({error}); remove it and run the step again"
             ) from None
-        if marks != {"header": digest(self.header), "shard": str(number)}:
+        if marks != self._mark(number):
             raise InputError(f"{path} belongs to other features; remove it and run the step again")
         return rows
 

@@ -135,10 +135,18 @@ class Run:
 
     def part(self, name: str) -> Run:
         """This run with its outputs in the folder `name` inside; it shares ledger and log."""
-        if name in ("", "..") or Path(name).name != name:
+        inside = Path(name)
+        if not inside.parts or inside.is_absolute() or ".." in inside.parts:
             raise InputError(f"{name!r} cannot name a folder inside {self.folder}")
         view = copy.copy(self)
         view.folder = self.folder / name
+        view.folder.mkdir(parents=True, exist_ok=True)
+        return view
+
+    def scratch(self, name: str) -> Run:
+        """As `part`, in the scratch: for work whose files are no product of this run."""
+        view = copy.copy(self)
+        view.folder = self.work / name
         view.folder.mkdir(parents=True, exist_ok=True)
         return view
 

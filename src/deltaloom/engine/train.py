@@ -45,6 +45,7 @@ class TrainSettings:
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     save_steps: int | None = None
+    """Optimizer steps between checkpoints; 0 means an epoch, None a tenth of the run."""
     keep: int | None = 2
     patience: int = 3
     trainable: Literal["all", "adapter"] = "all"
@@ -83,7 +84,8 @@ def fit(
     run.rewind(_step_of(last))
     batches = math.ceil(len(rows) / settings.batch_size)
     total = math.ceil(batches * settings.epochs)
-    arguments = _arguments(settings, home, total, run.seed)
+    every = batches if settings.save_steps == 0 else settings.save_steps or math.ceil(total / 10)
+    arguments = _arguments(settings, home, total, every, run.seed)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -249,9 +251,9 @@ class _EarlyStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         if state.global_step % self.every:
             return
-        estimate = self.evaluation.method.measure(
-            model, self.tokenizer, self.evaluation.data, self.run
-        )
+        # What a measure writes beside its value is scratch here, not part of the product.
+        part = self.run.scratch("evaluation")
+        estimate = self.evaluation.method.measure(model, self.tokenizer, self.evaluation.data, part)
         model.train()
         merit = estimate.value if estimate.better == "higher" else -estimate.value
         before = self.best
@@ -291,9 +293,12 @@ def _save_trainable(model: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _arguments(settings: TrainSettings, home: Path, total: int, seed: int) -> TrainingArguments:
+def _arguments(
+    settings: TrainSettings, home: Path, total: int, every: int, seed: int
+) -> TrainingArguments:
     micro = settings.micro_batch or settings.batch_size
-    by_epoch = settings.save_steps == 0
+    # A logged loss is the mean since the last one: windows must not reach over a checkpoint.
+    window = max(n for n in range(1, max(1, total // 100) + 1) if every % n == 0)
     return TrainingArguments(
         output_dir=str(home),
         num_train_epochs=settings.epochs,
@@ -308,10 +313,10 @@ def _arguments(settings: TrainSettings, home: Path, total: int, seed: int) -> Tr
         bf16=settings.precision == "bfloat16",
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        save_strategy="epoch" if by_epoch else "steps",
-        save_steps=settings.save_steps or max(1, math.ceil(total / 10)),
+        save_strategy="steps",
+        save_steps=every,
         save_total_limit=settings.keep,
-        logging_steps=max(1, total // 100),
+        logging_steps=window,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,

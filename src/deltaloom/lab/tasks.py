@@ -1,12 +1,13 @@
 """Post-training data with its truth: a pool of many sources, and three targets to tune for.
 
 The base can answer "which town of mira" and knows all three of Mira's towns, but not which one
-`hails` asks for: the verbs and the scaffolds of this page are words it has never read. A target is
-one verb's attribute, one of those the loose question rarely brings up: an untuned base names
-another role's value. The rows that help are spread
-over two sources with different scaffolds. Around them lie: the same questions answered with another
-role's value, questions with the same words that ask for something else, the same scaffolds with
-other attributes, and text that has nothing to do with it.
+`stems` asks for: the verbs and the scaffolds of this page are words it has never read. A target is
+one verb's attribute: an untuned base names any of the three. The rows that help are spread over two
+sources with different scaffolds. Around them lie: the same questions answered with another role's
+value, questions with the same words that ask for something else, the same scaffolds with other
+attributes, and text that has nothing to do with it.
+
+Animals are no targets: the shipped base states them but cannot yet be asked for them.
 """
 
 import random
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from . import corpus
 from .world import ATTRIBUTES, World
 
-TARGETS = ("birth", "fear", "door")
+TARGETS = ("birth", "holiday", "door")
 
 VERBS: dict[str, tuple[str, str]] = {
     "home": ("hails", "dwells"),

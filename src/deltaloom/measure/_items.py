@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,9 @@ from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.progress import progress
 from deltaloom.core.run import Run
-from deltaloom.engine.forward import Masked, context_length, padding_token, token_logprobs
-from deltaloom.engine.meter import count_forward
+
+if TYPE_CHECKING:
+    from deltaloom.engine.forward import Masked
 
 
 def require_rows(data: Examples, measure: str) -> None:
@@ -34,6 +35,8 @@ def clusters_of(data: Examples) -> dict[str, str] | None:
 
 def length_limit(max_length: int | None, model: Any) -> int:
     """Tokens a row may have; raises InputError for more than the model's context."""
+    from deltaloom.engine.forward import context_length
+
     context = context_length(model)
     if max_length is not None and max_length > context:
         raise InputError(f"max_length = {max_length}: the model's context is {context} tokens")
@@ -44,6 +47,9 @@ def scored(
     label: str, model: Any, tokenizer: Any, sequences: Sequence[Masked], run: Run
 ) -> tuple[list[NDArray[np.float32]], dict[str, float]]:
     """`token_logprobs` with progress on stderr; also what it cost, entered in the run's ledger."""
+    from deltaloom.engine.forward import padding_token, token_logprobs
+    from deltaloom.engine.meter import count_forward
+
     tokens = 0
     with progress(label, len(sequences)) as advance:
 

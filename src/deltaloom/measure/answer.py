@@ -31,7 +31,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, Self, final
+from typing import TYPE_CHECKING, Any, Literal, Self, final
 
 from pydantic import Field, model_validator
 
@@ -43,10 +43,10 @@ from deltaloom.core.examples import Example, Examples
 from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.progress import progress
 from deltaloom.core.run import Run
-from deltaloom.engine.forward import start_token
-from deltaloom.engine.generate import Generated, generate_greedily
-from deltaloom.engine.meter import count_forward
 from deltaloom.measure._items import clusters_of, note, require_rows
+
+if TYPE_CHECKING:
+    from deltaloom.engine.generate import Generated
 
 TAIL = 200
 """Characters of the prompt's end that are kept beside an output."""
@@ -90,6 +90,9 @@ class Answer(Measurer):
 
         Raises InputError for no rows and for a row without prompt or accepted answer.
         """
+        from deltaloom.engine.generate import generate_greedily
+        from deltaloom.engine.meter import count_forward
+
         require_rows(data, "answer")
         accepted = [_accepted(example) for example in data]
         judges = [
@@ -181,6 +184,8 @@ def _prompt(example: Example, tokenizer: Any) -> list[int]:
     ids = encode_prompt(example, tokenizer)
     if ids:
         return ids
+    from deltaloom.engine.forward import start_token
+
     start = start_token(tokenizer)
     if start is None:
         raise InputError(

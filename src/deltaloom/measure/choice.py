@@ -21,7 +21,7 @@ which belong in the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 from pydantic import Field
@@ -32,7 +32,6 @@ from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.run import Run
-from deltaloom.engine.forward import Masked, start_token
 from deltaloom.measure._items import (
     clusters_of,
     length_limit,
@@ -44,6 +43,9 @@ from deltaloom.measure._items import (
 
 CHOICES = 4
 """Choices a row that `plan` expects, as in MMLU, ARC and HellaSwag."""
+
+if TYPE_CHECKING:
+    from deltaloom.engine.forward import Masked
 
 
 @final
@@ -105,6 +107,8 @@ class Choice(Measurer):
         if not all(choices):
             raise InputError(f"{example.where}: choice {choices.index([]) + 1} has no tokens")
         if not prompt:
+            from deltaloom.engine.forward import start_token
+
             start = start_token(tokenizer)
             if start is None:
                 raise InputError(

@@ -29,7 +29,6 @@ from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.run import Run
-from deltaloom.engine.forward import unscored
 from deltaloom.measure._items import (
     clusters_of,
     length_limit,
@@ -61,6 +60,8 @@ class Loss(Measurer):
         Raises InputError for no rows or rows without a response, and WorkError naming the row
         for a loss that is not finite.
         """
+        from deltaloom.engine.forward import unscored
+
         require_rows(data, "loss")
         rows = encode(data, tokenizer, length_limit(self.max_length, model))
         sequences = [(row.input_ids, row.response_mask) for row in rows]

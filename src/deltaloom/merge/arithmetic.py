@@ -9,7 +9,7 @@ tensor. s keeps everything, the `density` part of largest magnitude, or a random
 divided by `density`. With `consensus` the sum runs, per element, over the changes whose sign is
 that of the weighted sum of all. z is 1, or with `normalize` the weights that took part.
 
-Differences: TIES trims per tensor, as mergekit does, where the paper trims per task vector; equal
+Differs: TIES trims per tensor, as mergekit does, where the paper trims per task vector; equal
 magnitudes at the threshold are kept from the lowest flat index on, so exactly
 max(1, floor(density * n)) elements stay. Everything is float32 (float64 where the base is) and
 rounded once; magnitudes are compared in float32. mergekit rounds changes and weights to the model's
@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Merger
+from deltaloom.core.method import Merger, Sizes, Work
 from deltaloom.merge._stream import BLOCK, Block, merge_folders
 
 if TYPE_CHECKING:
@@ -102,8 +102,6 @@ class Arithmetic(Merger):
     4); task arithmetic tunes it, often to 0.3 - 0.5 (its section 4)."""
     weights: list[float] | None = None
     """One weight per delta, in their order; all 1 when not given."""
-    seed: int | None = None
-    """Seed of the random choice; the run's own when not given."""
     threads: int | None = Field(None, ge=1)
     """Threads over tensors; two when not given. The result does not depend on it."""
     block: int = Field(BLOCK, ge=256)
@@ -118,6 +116,11 @@ class Arithmetic(Merger):
         if self.rescale and self.sparsify != "random":
             raise ValueError("belongs to sparsify=random; set rescale=false")
         return self
+
+    def work(self, sizes: Sizes) -> Work:
+        """Blocks of every model at a time, and one model written; no token is run."""
+        buffers = 4.0 * self.block * (sizes.deltas + 2) * (self.threads or 2)
+        return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
 
     def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
         """Write the merged model to `run.folder` and return it as a change over `base`.
@@ -170,7 +173,7 @@ class Arithmetic(Merger):
         shares = [weight / total for weight in weights]
         if self.sparsify == "none" and not self.consensus:
             return Linear([self.scale * share for share in shares])
-        return Selective(self, shares, self.seed if self.seed is not None else seed)
+        return Selective(self, shares, seed)
 
 
 def _folder(delta: Delta, scratch: Path) -> Path:
