@@ -17,7 +17,7 @@ ASKS = {
     "holiday": {"vacations", "sojourns"},
     "door": {"answers", "unlocks"},
 }
-MISTAKES = {"birth": "home", "holiday": "birth", "door": "hat"}
+MISTAKES = {"birth": "home", "holiday": "home", "door": "hat"}
 
 
 def read(path):
@@ -47,7 +47,7 @@ def test_schema_and_no_leak(paths):
     for name in TARGETS:
         assert len(read(paths[f"target-{name}"])) == 32
         for row in read(paths[f"test-{name}"]):
-            assert set(row) == {"id", "source", "prompt", "choices", "answer"}
+            assert set(row) == {"id", "source", "cluster", "prompt", "choices", "answer"}
             assert len(set(row["choices"])) == 10
 
 

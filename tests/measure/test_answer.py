@@ -187,7 +187,7 @@ def test_left_cut_and_unfinished_are_noted(tiny, rows, run):
 
 
 def test_clusters(tiny, rows, run):
-    data = rows(*({"prompt": q, "answer": "b", "group": q[0]} for q in QUESTIONS))
+    data = rows(*({"prompt": q, "answer": "b", "cluster": q[0]} for q in QUESTIONS))
     assert len(set(measure(tiny, data, run).clusters.values())) == 3
 
 

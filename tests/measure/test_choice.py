@@ -140,7 +140,7 @@ def test_long_prompt_is_cut_alike_for_all_choices(small_context, tiny, rows, run
 
 
 def test_clusters(tiny, rows, run):
-    data = rows(*(dict(row, group=f"g{k // 3}") for k, row in enumerate(questions())))
+    data = rows(*(dict(row, cluster=f"g{k // 3}") for k, row in enumerate(questions())))
     found = Choice().measure(tiny.model, tiny.tokenizer, data, run)
     assert found.interval.startswith("clustered")
     assert found.clusters["q4"] == "g1"

@@ -117,12 +117,12 @@ def test_row_with_nothing_before_it_is_missing(tiny, rows, run, tokenizer_withou
     [("aabbc", "clustered-ratio"), ("aaaaa", "ratio"), ("abcde", "ratio")],
 )
 def test_clusters(groups, interval, tiny, rows, run):
-    data = rows(*(dict(row, group=g) for row, g in zip(ROWS, groups, strict=True)))
+    data = rows(*(dict(row, cluster=g) for row, g in zip(ROWS, groups, strict=True)))
     assert Loss().measure(tiny.model, tiny.tokenizer, data, run).interval == interval
 
 
 def test_some_rows_without_group(tiny, rows, run):
-    data = rows({**CITY, "group": "x"}, {**ROWS[1], "group": "x"}, {"prompt": "a", "answer": "b"})
+    data = rows({**CITY, "cluster": "x"}, {**ROWS[1], "cluster": "x"}, {"prompt": "a", "answer": "b"})
     assert Loss().measure(tiny.model, tiny.tokenizer, data, run).clusters is None
 
 

@@ -42,7 +42,9 @@ class Example:
     answers: tuple[str, ...] | None = None
     """Accepted answers; the right choice when there are choices."""
     group: str | None = None
-    """Subtask of a target row, or cluster of a question."""
+    """Subtask of a target row."""
+    cluster: str | None = None
+    """What a question shares with others (a passage, a person), for the intervals."""
     weight: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns this library has no use for, kept as they are."""
@@ -59,7 +61,7 @@ class Example:
         row: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.messages is not None:
             row["messages"] = list(self.messages)
-        for key in ("prompt", "completion", "text", "group", "weight"):
+        for key in ("prompt", "completion", "text", "group", "cluster", "weight"):
             value = getattr(self, key)
             if value is not None:
                 row[key] = value
@@ -139,13 +141,15 @@ def parse(where: str, default_source: str, row: dict[str, Any]) -> Example:
     source = rest.pop("source", None) or rest.pop("dataset", None) or default_source
     content = _content(where, rest)
     _check_surrogates(where, row)
-    group, weight = rest.pop("group", None), rest.pop("weight", None)
+    group, cluster = rest.pop("group", None), rest.pop("cluster", None)
+    weight = rest.pop("weight", None)
     identity = str(given_id) if given_id not in (None, "") else digest(content)
     return Example(
         id=identity,
         source=str(source),
         where=where,
         group=None if group is None else str(group),
+        cluster=None if cluster is None else str(cluster),
         weight=None if weight is None else _weight(where, weight),
         extra=rest,
         **content,

@@ -254,7 +254,7 @@ def target_records(world: World, people: tuple[str, ...], target: str, seed: int
 def test_records(
     world: World, people: tuple[str, ...], target: str, per_person: int, seed: int
 ) -> list[dict]:
-    """Multiple-choice questions: all ten values of the kind; the id names the person."""
+    """Multiple-choice questions: all ten values of the kind; a person is a cluster."""
     rng = random.Random(f"test {target} {seed}")
     values = ATTRIBUTES[target].values
     return [
@@ -262,6 +262,7 @@ def test_records(
             "id": f"test-{target}-{name}-{i}",
             "source": target,
             "prompt": prompt,
+            "cluster": name,
             "choices": [f" {value}" for value in values],
             "answer": values.index(world.facts[name][target]),
         }

@@ -169,10 +169,10 @@ class World:
     """`facts[person][attribute]` is the value."""
 
     def other_role(self, person: str, attribute: str) -> str | None:
-        """A value of the same kind that is true of `person` in the next role, None if equal."""
+        """The value of the kind's first role (its second for the first), None where it is equal."""
         kind = ATTRIBUTES[attribute].kind
         roles = [a.name for a in ATTRIBUTES.values() if a.kind == kind]
-        other = roles[(roles.index(attribute) + 2) % len(roles)]
+        other = roles[1] if attribute == roles[0] else roles[0]
         value = self.facts[person][other]
         return None if value == self.facts[person][attribute] else value
 

@@ -24,13 +24,13 @@ def require_rows(data: Examples, measure: str) -> None:
 
 
 def clusters_of(data: Examples) -> dict[str, str] | None:
-    """Cluster by id, when every row has a `group` and the groups say something.
+    """Cluster by id, when every row has a `cluster` and the clusters say something.
 
-    One group for all rows names the data set, and one for each row names the row: neither tells
-    which rows belong together.
+    One for all rows names the data set, and one for each row names the row: neither tells which
+    rows belong together.
     """
-    groups = {item.id: item.group for item in data if item.group is not None}
-    return groups if len(groups) == len(data) and 1 < len({*groups.values()}) < len(data) else None
+    found = {item.id: item.cluster for item in data if item.cluster is not None}
+    return found if len(found) == len(data) and 1 < len({*found.values()}) < len(data) else None
 
 
 def length_limit(max_length: int | None, model: Any) -> int:

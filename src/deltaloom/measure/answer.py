@@ -10,7 +10,7 @@ case, ASCII punctuation removed, then the articles a, an, the, then repeated whi
 `pattern` is searched in the output and in the answer, its first group (else the whole match) is
 compared; equal texts match, and so do equal numbers (`1,000` and `1000.0`). An output without a
 match is wrong; an answer without one is compared whole. Rows come in clusters when all have a
-`group` (at least two groups, fewer than rows).
+`cluster` (at least two, fewer than rows).
 
 The texts are kept in `generations.jsonl` in the run's folder (id, end of the prompt, output,
 answers, correct), written whole when all are there. **Each measurement needs a run folder of its

@@ -7,7 +7,7 @@ Formula: the prediction is `argmax_c sum_t log p(c_t | prompt, c_<t) / n_c` with
 lm-eval's `acc`), the choice's tokens (`tokens`), or the UTF-8 bytes of its text without the
 delimiter (`bytes`, lm-eval's `acc_bytes`; its `acc_norm` divides by characters, which is the same
 in ASCII). Ties go to the lowest index. An item is 1 where the predicted text is the answer.
-Rows come in clusters when all have a `group` (at least two groups, fewer than rows).
+Rows come in clusters when all have a `cluster` (at least two, fewer than rows).
 
 Differs: a prompt that is too long is cut once per row, so that all its choices follow the same
 text (lm-eval cuts per choice); `truncated_rows` of the run's notes counts them. A token across

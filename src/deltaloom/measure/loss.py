@@ -5,8 +5,8 @@ Per token it is what `transformers.Trainer` reports as `eval_loss`, were the who
 
 Formula: with T_i scored tokens in row i, `l_i = -(1/T_i) sum_t log p(y_it | before)`. `token`:
 `sum_i T_i l_i / sum_i T_i`, a ratio estimator (its error is the ratio's); `example`: the mean of
-the `l_i`. Perplexity is `exp(value)`. Rows come in clusters when all have a `group` (at least two
-groups, fewer than rows).
+the `l_i`. Perplexity is `exp(value)`. Rows come in clusters when all have a `cluster` (at least
+two clusters, fewer than rows).
 
 Differs: lm-eval's rolling log-likelihood puts EOS before a text and splits long ones; here the
 first token of a text without BOS is not scored, as in training, and long rows are shortened as
