@@ -189,14 +189,15 @@ def write(path: Path, rows: list[Row], grouped: bool = False, question: bool = F
     path.write_text("".join(found), encoding="utf-8")
 
 
-def build(assets: Path, folder: Path, seed: int, size: dict[str, int]) -> None:
+def build(
+    assets: Path, sources: dict[str, list[Row]], folder: Path, seed: int, size: dict[str, int]
+) -> None:
     """Write pool, targets, validation and test of one seed; the last two ignore the seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = read_sources(assets)
     pool: list[Row] = []
     for name, (_, share) in SOURCES.items():
         fixed, own = random.Random(f"parts {name}"), random.Random(f"{seed} {name}")
-        rows = sources[name]
+        rows = list(sources[name])
         if name in TARGETS:
             if name == "trec":
                 test = list(trec(assets / "data", "test"))

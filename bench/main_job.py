@@ -10,8 +10,8 @@ token) and TREC question types (accuracy among six choices). Seeds are pooled as
 interval is Student's t over the per-seed differences on the test items.
 
 Every arm has the settings of `TUNE`. They and the merge were chosen by `--choose`: one other
-seed, validation rows only. The test rows are the same for all seeds and
-were measured by the final run alone.
+seed, validation rows only. The test rows are the same for all seeds; no
+choice was made on them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-from _data import TARGETS, build, lines
+from _data import TARGETS, build, lines, read_sources
 
 from deltaloom.core.estimate import Comparison, Estimate, compare_seeds, pool_seeds
 
 MODEL = "models/TinyStories-656K"
 FULL = {"pool": 2400, "target": 24, "validation": 200, "test": 300}
-SMALL = {"pool": 240, "target": 8, "validation": 8, "test": 40}
+SMALL = {"pool": 160, "target": 4, "validation": 4, "test": 24}
 FRACTION = 0.05
 CHOOSING_SEED = 100
 """Seed of `--choose`; no seed of the final run."""
@@ -250,7 +251,7 @@ def judged(folders: list[Path], quick: bool) -> list[dict]:
 def choose(model: Path, assets: Path, work: Path) -> None:
     """Print what every candidate reaches on the validation part."""
     data = work / "choose/data"
-    build(assets, data, CHOOSING_SEED, FULL)
+    build(assets, read_sources(assets), data, CHOOSING_SEED, FULL)
     folder = run(choosing(model, data, CHOOSING_SEED), work / "choose")
     print("| candidate |", " | ".join(MEASURES.values()), "|\n|---|---|---|---|")
     for path in sorted((folder / "loss").glob("*--valid_fables")):
@@ -266,26 +267,36 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="settings, on the validation part")
     parser.add_argument("--seeds", type=int, help="number of seeds (5, quick 2)")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at the same time (2)")
-    parser.add_argument("--work", type=Path, default=Path("runs/main_job"), help="where to work")
+    parser.add_argument("--work", type=Path, help="where to work (runs/main_job, quick a new one)")
     options = parser.parse_args()
     if not os.environ.get("DELTALOOM_ASSETS"):
         print("DELTALOOM_ASSETS is not set: this bench needs real models and data")
         print(json.dumps({"bench": "main_job", "results": [], "skipped": "no DELTALOOM_ASSETS"}))
         return
     assets = Path(os.environ["DELTALOOM_ASSETS"]).resolve()
-    model, work = assets / MODEL, options.work.resolve() / ("quick" if options.quick else "")
-    if options.choose:
-        choose(model, assets, work)
-        return
+    model = assets / MODEL
+    with tempfile.TemporaryDirectory(prefix="main-job-") as scratch:
+        usual = Path(scratch) if options.quick else Path("runs/main_job")
+        work = (options.work or usual).resolve()
+        if options.choose:
+            choose(model, assets, work)
+        else:
+            bench(options, model, assets, work)
+
+
+def bench(options: argparse.Namespace, model: Path, assets: Path, work: Path) -> None:
+    """Every seed, then the tables and the line of results."""
     size, tune, warmup = FULL, TUNE, WARMUP
     if options.quick:
         size, tune, warmup = SMALL, {**TUNE, "epochs": 1}, {**WARMUP, "epochs": 1}
     seeds = range(options.seeds or (2 if options.quick else 5))
+    found = read_sources(assets)
+    for seed in seeds:
+        build(assets, found, work / f"seed{seed}/data", seed, size)
 
     def one(seed: int) -> Path:
-        data = work / f"seed{seed}/data"
-        build(assets, data, seed, size)
-        return run(recipe(model, data, seed, tune, warmup), work / f"seed{seed}")
+        folder = work / f"seed{seed}"
+        return run(recipe(model, folder / "data", seed, tune, warmup), folder)
 
     with ThreadPoolExecutor(options.jobs) as executor:
         folders = list(executor.map(one, seeds))

@@ -122,7 +122,9 @@ def test_clusters(groups, interval, tiny, rows, run):
 
 
 def test_some_rows_without_group(tiny, rows, run):
-    data = rows({**CITY, "cluster": "x"}, {**ROWS[1], "cluster": "x"}, {"prompt": "a", "answer": "b"})
+    data = rows(
+        {**CITY, "cluster": "x"}, {**ROWS[1], "cluster": "x"}, {"prompt": "a", "answer": "b"}
+    )
     assert Loss().measure(tiny.model, tiny.tokenizer, data, run).clusters is None
 
 

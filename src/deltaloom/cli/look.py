@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json as jsonlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +101,14 @@ def compare(
     pairs = matched(read_estimates(first), read_estimates(second))
     if not pairs:
         raise InputError(f"{first} and {second} measured no task by the same metric")
-    found = {key: paired(a, b) for key, (a, b) in pairs.items()}
+    found = {
+        key: paired(
+            # Both runs may call what they measured by the same name.
+            replace(a, of=f"{a.of} in {first}"),
+            replace(b, of=f"{b.of} in {second}"),
+        )
+        for key, (a, b) in pairs.items()
+    }
     if json:
         print(jsonlib.dumps({key: one.to_json() for key, one in found.items()}))
         return

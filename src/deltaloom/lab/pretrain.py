@@ -112,7 +112,7 @@ def pretrain(out: str | Path, texts: int = TEXTS, seed: int = 0) -> Path:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / ".base.safetensors.part"
-    save_file(weights, scratch, metadata={"format": "pt", "vocabulary": vocabulary_digest()})
+    save_file(weights, scratch, metadata={"vocabulary": vocabulary_digest()})
     return scratch.replace(folder / "base.safetensors")
 
 

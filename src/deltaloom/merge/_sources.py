@@ -132,7 +132,8 @@ class ModelSource:
                     f"{self.path}: tensor {name!r} is {own.dtype}, in the base {wanted.dtype}"
                 )
         for name in self.folder:
-            if name not in base and not self._repeats_embedding(name):
+            stands_in = name in self.tied.values()
+            if name not in base and not stands_in and not self._repeats_embedding(name):
                 raise InputError(
                     f"{self.path} has tensor {name!r}, which the base {base.path} lacks"
                     + ("; untie the base's output layer first" if name.endswith(HEADS) else "")

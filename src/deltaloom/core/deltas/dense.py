@@ -6,7 +6,8 @@ any other delta. Tensors are read one at a time when they are asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,22 +55,26 @@ class StoredChange:
 
 @dataclass(frozen=True)
 class ModelChange:
-    """A tuned model's folder minus its base."""
+    """A tuned model's folder minus its base, under the base's names."""
 
     tuned: TensorFolder
     base: TensorFolder
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """Base name -> tuned name, where tied weights are stored under the other's name."""
 
     def names(self) -> list[str]:
         """Floating point tensors of the tuned model."""
-        return sorted(name for name, entry in self.tuned.items() if "F" in entry.dtype)
+        own = {theirs: ours for ours, theirs in self.twins.items()}
+        return sorted(own.get(n, n) for n, entry in self.tuned.items() if "F" in entry.dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one."""
-        return self.tuned[name].shape
+        return self.tuned[self.twins.get(name, name)].shape
 
     def to_dense(self, name: str) -> Tensor:
         """Tuned minus base, in float32."""
-        return self.tuned.read(name).float() - self.base.read(name).float()
+        tuned = self.tuned.read(self.twins.get(name, name))
+        return tuned.float() - self.base.read(name).float()
 
 
 class Dense(Delta):
@@ -92,13 +97,13 @@ class Dense(Delta):
         Raises InputError when their tensors differ in name or shape.
         """
         tuned, own = TensorFolder(folder), TensorFolder(base.folder)
-        change = ModelChange(tuned, own)
+        change = ModelChange(tuned, own, _twins(tuned, own, base))
         for name in change.names():
             if name not in own:
                 raise InputError(f"{folder}: tensor {name} is not in the base {base.model}")
-            if tuned[name].shape != own[name].shape:
+            if change.shape(name) != own[name].shape:
                 raise InputError(
-                    f"{folder}: tensor {name} has shape {list(tuned[name].shape)}, the base "
+                    f"{folder}: tensor {name} has shape {list(change.shape(name))}, the base "
                     f"{base.model} {list(own[name].shape)}"
                 )
         return cls(base, ((1.0, change),), folder)
@@ -155,6 +160,13 @@ class Dense(Delta):
         if not found:
             raise KeyError(name)
         return found
+
+
+def _twins(tuned: TensorFolder, own: TensorFolder, base: Base) -> dict[str, str]:
+    """A tied pair is one tensor under either name: `lm_head.weight` or the embedding's."""
+    new, gone = sorted(set(tuned) - set(own)), sorted(set(own) - set(tuned))
+    tied = base.config().get("tie_word_embeddings", True)
+    return {gone[0]: new[0]} if tied and len(new) == len(gone) == 1 else {}
 
 
 def add_to_model(base: Base, delta: Delta) -> PreTrainedModel:
