@@ -3,7 +3,8 @@
     python bench/run.py [--quick] [--only NAME ...]
 
 Each script prints text for people and, as its last line, one JSON object with its results. Results
-of scripts that are not run now stay in the page: they are kept in `bench/results/NAME.json`.
+of scripts that are not run now stay in the page: they are kept in `bench/results/NAME.json`. What a
+person has to say about them is in `bench/results/NAME.md`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small cases; writes no page")
     parser.add_argument("--only", nargs="*", help="names of scripts to run")
     parser.add_argument("--page", action="store_true", help="only write the page again")
+    parser.add_argument("--keep", nargs=2, metavar=("COMMAND", "FILE"), help="output saved before")
     options = parser.parse_args()
     names = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "run" and p.stem[0] != "_")
     holds = True
-    for name in [] if options.page else options.only or names:
+    if options.keep:
+        command, file = options.keep
+        keep(packed(command, Path(file).read_text()))
+    for name in [] if options.page or options.keep else options.only or names:
         result = measure(name, options.quick)
         holds &= all(one["holds"] for one in result["results"])
         if not options.quick:
-            RESULTS.mkdir(exist_ok=True)
-            (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+            keep(result)
     if not options.quick:
         stored = sorted(RESULTS.glob("*.json"))
         PAGE.write_text("\n".join([HEAD, *(section(json.loads(p.read_text())) for p in stored)]))
@@ -62,6 +66,12 @@ def measure(name: str, quick: bool) -> dict:
     ).stdout
     print(out, flush=True)
     return packed(" ".join(command), out)
+
+
+def keep(result: dict) -> None:
+    """Store one script's result for the page."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{result['bench']}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def packed(command: str, out: str) -> dict:
@@ -89,8 +99,8 @@ def section(result: dict) -> str:
     """One script's part of the page."""
     used = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if k in ("python", "torch"))
     rows = [
-        f"| {one['name']} | {number(one['value'])} | {one['unit']} | {one['bound']} "
-        f"| {'yes' if one['holds'] else '**no**'} |"
+        f"| {one['name']} | {number(one['value'])} | {one['unit']} | {one['bound'] or 'none'} "
+        f"| {verdict(one)} |"
         for one in result["results"]
     ]
     return "\n".join(
@@ -105,8 +115,16 @@ def section(result: dict) -> str:
             "",
             result["text"],
             "",
+            *([notes.read_text()] if (notes := RESULTS / f"{result['bench']}.md").exists() else []),
         ]
     )
+
+
+def verdict(one: dict) -> str:
+    """Whether a claim holds; a figure without a bound claims nothing."""
+    if one["bound"] is None:
+        return ""
+    return "yes" if one["holds"] else "**no**"
 
 
 def number(value: object) -> str:

@@ -39,6 +39,9 @@ class Inputs:
         self.hashes: dict[str, str] = {}
         self.base = self._base()
         self.data = {key: self._examples(key) for key in self.step.data_keys}
+        for name in getattr(self.step, "deltas", []):
+            if name != "base":
+                self.hashes[f"delta {name}"] = Base(model=self.folder(name)).fingerprint()
 
     def folder(self, name: str) -> str:
         """The folder of an earlier step of this name, else the name itself."""
@@ -185,6 +188,9 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     labels = {Path(name).name if "/" in name else name: name for name in names}
     if len(labels) != len(names):
         raise InputError(f"{step.name}: two of deltas have the same last name: {', '.join(names)}")
+    tasks = [Path(data.name).stem for data in inputs.data["tasks"]]
+    if len(set(tasks)) != len(tasks):
+        raise InputError(f"{step.name}: two of tasks have the same file name: {', '.join(tasks)}")
     if step.compare is not None and step.compare not in labels:
         raise InputError(
             f"{step.name}: compare = {step.compare!r} is not measured here"
@@ -193,8 +199,7 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     found: dict[tuple[str, str], Estimate] = {}
     for label, name in labels.items():
         loaded = _Once(lambda name=name: _load(name, inputs))
-        for data in inputs.data["tasks"]:
-            task = Path(data.name).stem
+        for task, data in zip(tasks, inputs.data["tasks"], strict=True):
             part = run.part(f"{label}--{task}")
             found[label, task] = _estimate(planned, loaded, data, part, f"{label} on {task}")
         run.save()
