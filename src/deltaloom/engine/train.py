@@ -184,19 +184,18 @@ class _Ledger(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" in logs:
             names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
             values = {new: float(logs[old]) for old, new in names.items() if old in logs}
             self.run.log(step=state.global_step, epoch=round(state.epoch, 6), **values)
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self._account(state, model)
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._account(state, kwargs["model"])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self._account(state, model)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._account(state, kwargs["model"])
         self._context.__exit__(None, None, None)
 
     def _account(self, state: Any, model: Any) -> None:
@@ -248,9 +247,10 @@ class _EarlyStop(TrainerCallback):
             past = json.loads(self.path.read_text(encoding="utf-8"))
             self.history = [one for one in past if one["step"] <= state.global_step]
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every:
             return
+        model = kwargs["model"]
         # What a measure writes beside its value is scratch here, not part of the product.
         part = self.run.scratch("evaluation")
         estimate = self.evaluation.method.measure(model, self.tokenizer, self.evaluation.data, part)
