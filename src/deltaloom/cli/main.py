@@ -6,6 +6,7 @@ input or usage, 130 interrupted and resumable.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -147,6 +148,11 @@ def main() -> None:
         sys.exit(fail(str(error), error.exit_code))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(fail("interrupted; the same command takes it up again", 130))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Everything is written under another name first, so what was there is still whole.
+        sys.exit(fail(f"the disk is full ({error}); free some and repeat the command", 1))
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.progress import progress
 from deltaloom.core.run import Run
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from deltaloom.engine.forward import Masked
 
 
@@ -71,6 +71,8 @@ def note(run: Run, **counts: int) -> None:
 
 def require_finite(values: NDArray[np.float32], example: Example) -> None:
     """Raise WorkError naming the row when a log-probability is NaN or infinite."""
+    import numpy as np
+
     wrong = values[~np.isfinite(values)]
     if len(wrong):
         raise WorkError(

@@ -20,10 +20,10 @@ which belong in the rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
-import numpy as np
 from pydantic import Field
 
 from deltaloom.core.encoding import encode_continuation, encode_prompt
@@ -89,7 +89,8 @@ class Choice(Measurer):
                 found = next(remaining)
                 require_finite(found, example)
                 merits.append(self._merit(found, text))
-            items[example.id] = float(choices[int(np.argmax(merits))] == answer)
+            best = max(range(len(merits)), key=merits.__getitem__)  # the first of equals
+            items[example.id] = float(choices[best] == answer)
         note(run, truncated_rows=sum(cut for _, cut in rows))
         suffix = {"none": "", "tokens": "_per_token", "bytes": "_per_byte"}[self.normalise]
         return Estimate.from_items(
@@ -127,7 +128,7 @@ class Choice(Measurer):
         return masked, len(kept) < len(prompt)
 
     def _merit(self, logprobs: Any, text: str) -> float:
-        total = float(np.sum(logprobs, dtype=np.float64))
+        total = math.fsum(logprobs)
         if self.normalise == "tokens":
             return total / len(logprobs)
         if self.normalise == "bytes":

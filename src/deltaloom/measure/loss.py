@@ -18,9 +18,9 @@ row weights, which belong to training.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, final
 
-import numpy as np
 from pydantic import Field
 
 from deltaloom.core.encoding import encode
@@ -71,7 +71,7 @@ class Loss(Measurer):
         for example, found in zip(data, values, strict=True):
             require_finite(found, example)
             if len(found):
-                losses[example.id] = -float(np.mean(found, dtype=np.float64))
+                losses[example.id] = -math.fsum(found) / len(found)
                 tokens[example.id] = float(len(found))
         if not losses:
             raise InputError(

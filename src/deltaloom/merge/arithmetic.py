@@ -22,23 +22,19 @@ Not covered: DELLA, breadcrumbs, densities or weights that differ by layer.
 
 from __future__ import annotations
 
-import hashlib
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, final
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Merger, Sizes, Work
-from deltaloom.merge._stream import BLOCK, Block, merge_folders
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.delta import Delta
     from deltaloom.core.run import Run
-    from deltaloom.core.tensors import TensorEntry
+    from deltaloom.merge._rules import Linear, Selective
 
 # Row -> what it is, where it comes from, and the fields whose defaults differ from the class's.
 PRESETS = {
@@ -104,8 +100,9 @@ class Arithmetic(Merger):
     """One weight per delta, in their order; all 1 when not given."""
     threads: int | None = Field(None, ge=1)
     """Threads over tensors; two when not given. The result does not depend on it."""
-    block: int = Field(BLOCK, ge=256)
-    """Elements handled at a time, the measure of memory. The result does not depend on it."""
+    block: int | None = Field(None, ge=256)
+    """Elements handled at a time, the measure of memory; 262,144 when not given (measured). The
+    result does not depend on it."""
     shard_bytes: int = Field(5_000_000_000, ge=1)
     """Largest weights file in bytes."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
@@ -114,12 +111,14 @@ class Arithmetic(Merger):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.rescale and self.sparsify != "random":
-            raise ValueError("belongs to sparsify=random; set rescale=false")
+            raise ValueError("rescale belongs to sparsify=random; set rescale=false")
         return self
 
     def work(self, sizes: Sizes) -> Work:
         """Blocks of every model at a time, and one model written; no token is run."""
-        buffers = 4.0 * self.block * (sizes.deltas + 2) * (self.threads or 2)
+        from deltaloom.merge._stream import BLOCK
+
+        buffers = 4.0 * (self.block or BLOCK) * (sizes.deltas + 2) * (self.threads or 2)
         return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
 
     def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
@@ -148,13 +147,15 @@ class Arithmetic(Merger):
 
         `progress` is called with the bytes of each tensor written. Raises as `merge` does.
         """
+        from deltaloom.merge._stream import BLOCK, merge_folders
+
         return merge_folders(
             base,
             sources,
             self.rule(len(sources), seed),
             out,
             threads=self.threads,
-            block=self.block,
+            block=self.block or BLOCK,
             shard_bytes=self.shard_bytes,
             dtype=self.dtype,
             progress=progress,
@@ -162,6 +163,8 @@ class Arithmetic(Merger):
 
     def rule(self, models: int, seed: int = 0) -> Linear | Selective:
         """The rule for `models` sources; raises InputError when the weights do not fit them."""
+        from deltaloom.merge._rules import Linear, Selective
+
         if models < 1:
             raise InputError("nothing to merge: give at least one delta")
         weights = self.weights if self.weights is not None else [1.0] * models
@@ -189,117 +192,3 @@ def _folder(delta: Delta, scratch: Path) -> Path:
             return change.tuned.path
     (delta if isinstance(delta, Dense) else Dense(delta.base, ((1.0, delta),))).save(scratch)
     return scratch
-
-
-class Linear:
-    """A plain weighted sum. Where the base drops out (the factors sum to 1) models are summed, so
-    that one model at 1 is exact; elsewhere changes are, so that no change is exactly no change.
-    """
-
-    scans = 0
-
-    def __init__(self, factors: list[float]):
-        self.factors = factors
-        self.needs_base = abs(1.0 - sum(factors)) > 1e-9
-        self.form: Literal["changes", "values"] = "changes" if self.needs_base else "values"
-
-    def begin(self, tensor: TensorEntry, models: int) -> Linear:
-        """See Rule; nothing is kept between blocks."""
-        return self
-
-    def write(self, block: Block) -> None:
-        """See TensorRule."""
-        for values, factor in zip(block.models, self.factors, strict=True):
-            if factor != 1.0:
-                np.multiply(values, values.dtype.type(factor), out=values)
-        total = block.models[0]
-        for values in block.models[1:]:
-            np.add(total, values, out=total)
-        if self.needs_base:  # last, because changes are small beside it
-            np.add(block.base, total, out=block.out)
-        else:
-            block.out[:] = total
-
-
-class Selective:
-    """Changes with some elements dropped, and perhaps a vote on signs."""
-
-    form: Literal["changes"] = "changes"
-    needs_base = True
-
-    def __init__(self, spec: Arithmetic, shares: list[float], seed: int):
-        self.spec, self.shares, self.seed = spec, shares, seed
-
-    def begin(self, tensor: TensorEntry, models: int) -> SelectiveTensor:
-        """See Rule."""
-        return SelectiveTensor(self, tensor, models)
-
-
-class SelectiveTensor:
-    """One tensor under `Selective`: thresholds by radix selection, or keys of the draws."""
-
-    def __init__(self, rule: Selective, tensor: TensorEntry, models: int):
-        from deltaloom.merge import _kernels
-
-        self.kernels = _kernels  # starting the compiler takes half a second: only when needed
-        self.spec, self.shares = rule.spec, rule.shares
-        kept = max(1, int(self.spec.density * tensor.count))
-        trims = self.spec.sparsify == "magnitude" and kept < tensor.count
-        self.scans = 2 if trims else 0
-        self.counts = [np.zeros(self.kernels.HIGH_BINS, np.int64) for _ in range(models * trims)]
-        self.high = [0] * models
-        self.rank = [kept] * models
-        self.threshold = [0] * models
-        self.equal = [0] * models
-        self.keys = [_key(rule.seed, tensor.name, i) for i in range(models)]
-
-    def scan(self, number: int, block: Block) -> None:
-        """Scan 0 counts the upper 16 magnitude bits, scan 1 the lower 15 in the bin that matters"""
-        for i, change in enumerate(block.models):
-            bits = change.astype(np.float32, copy=False).view(np.uint32)
-            if number == 0:
-                self.kernels.count_high(bits, self.counts[i])
-            else:
-                self.kernels.count_low(bits, self.high[i], self.counts[i])
-
-    def scanned(self, number: int) -> None:
-        """Find the bin of the last element that stays, then its exact magnitude."""
-        for i, counts in enumerate(self.counts):
-            found, self.rank[i] = self.kernels.from_top(counts, self.rank[i])
-            if number == 0:
-                self.high[i] = found
-                self.counts[i] = np.zeros(self.kernels.LOW_BINS, np.int64)
-            else:
-                self.threshold[i] = self.high[i] << self.kernels.LOW_BITS | found
-                self.equal[i] = self.rank[i]  # how many of those at the threshold stay
-
-    def write(self, block: Block) -> None:
-        """Drop, then sum."""
-        kind = block.out.dtype.type
-        for i, change in enumerate(block.models):
-            if self.scans:
-                self._trim(i, change)
-            elif self.spec.sparsify == "random":
-                factor = kind(1.0 / self.spec.density if self.spec.rescale else 1.0)
-                limit = np.uint64(round(self.spec.density * 2**32))
-                self.kernels.drop(change, block.start, *self.keys[i], limit, factor)
-        if self.spec.consensus:
-            weights = np.array(self.shares, block.out.dtype)
-            vote = partial(self.kernels.elect, block.base, block.models, weights)
-            vote(kind(self.spec.scale), self.spec.normalize, block.out)
-        else:
-            factors = np.array([self.spec.scale * share for share in self.shares], block.out.dtype)
-            self.kernels.add_combined(block.base, block.models, factors, block.out)
-
-    def _trim(self, i: int, change: np.ndarray) -> None:
-        single = change.astype(np.float32, copy=False)
-        self.equal[i] = self.kernels.trim(single.view(np.uint32), self.threshold[i], self.equal[i])
-        if single is not change:
-            change[single == 0] = 0
-
-
-def _key(seed: int, name: str, model: int) -> tuple[int, int]:
-    """Two 32-bit key words for one tensor of one model."""
-    text = f"{seed}\0{model}\0{name}".encode()
-    word = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-    return word & 0xFFFFFFFF, word >> 32
