@@ -51,7 +51,7 @@ def quickstart(out: Path, seed: int, quick: bool) -> dict:
     ).stdout
     found = {
         (path.parent.parent.name, path.parent.name): Estimate.from_json(path.read_text())
-        for path in sorted((out / "run").glob("*/*/estimate.json"))
+        for path in sorted((out / "quickstart").glob("*/*/estimate.json"))
     }
     record = json.loads(text)
     # The ledger's time, so that runs resumed from --work tell what they took.

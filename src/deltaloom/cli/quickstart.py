@@ -12,7 +12,7 @@ from deltaloom.core.progress import say
 
 
 def quickstart(out: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Write the lab to `out/lab`, run the recipe in `out/run`, write `out/report.html`."""
+    """Write the lab to `out/lab`, run the recipe in `out/quickstart`, write `out/report.html`."""
     from deltaloom.lab.files import write_lab
     from deltaloom.recipe.execute import run_recipe
     from deltaloom.recipe.steps import parse_recipe
@@ -21,8 +21,8 @@ def quickstart(out: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any
     paths = write_lab(out / "lab", seed)
     say(f"lab written to {paths['base'].parent}")
     recipe = parse_recipe(lab_recipe(paths, seed), "quickstart", overrides)
-    record = run_recipe(recipe, out / "run")
-    write_report([out / "run"], out / "report.html")
+    record = run_recipe(recipe, out / "quickstart")
+    write_report([out / "quickstart"], out / "report.html")
     return record
 
 
