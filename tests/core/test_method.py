@@ -179,6 +179,12 @@ NEAREST = """
     class Nearest(Selector):
         k: int = 3
 
+        def work(self, sizes):
+            return None
+
+        def select(self, pool, run, *, target, base):
+            return None
+
     @final
     class Mean(Merger):
         pass
@@ -225,3 +231,9 @@ def test_an_outside_method_takes_nobodys_name(outside):
 def test_work_in_flops():
     work = Work(forward_tokens=1, adapter_tokens=10, full_tokens=100)
     assert work.flops(7) == (2 * 1 + 4 * 10 + 6 * 100) * 7
+
+
+def test_a_method_without_its_verb_cannot_be_made(outside):
+    outside("[deltaloom.merge]\nloom_mean = loomplus:Mean\n", NEAREST)
+    with pytest.raises(TypeError, match="abstract"):
+        get("merge", "loom_mean").make()

@@ -11,7 +11,7 @@ from deltaloom.core.encoding import encode
 from deltaloom.core.errors import WorkError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, Measurer
+from deltaloom.core.method import Evaluation, Measurer, Work
 from deltaloom.engine import train
 from deltaloom.engine.train import TrainSettings, collate, fit
 
@@ -137,6 +137,9 @@ def test_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
 
 class Falling(Measurer):
     """A measure that gets worse from the third call on."""
+
+    def work(self, sizes):
+        return Work()
 
     def measure(self, model, tokenizer, data, run):
         CALLS.append(weights(model))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -76,9 +77,9 @@ class Method(Spec):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Inputs of the verb that this method cannot do without."""
 
+    @abstractmethod
     def work(self, sizes: Sizes) -> Work:
         """What this will do on inputs of these sizes, for `plan`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ class Selector(Method):
 
     verb = "select"
 
+    @abstractmethod
     def select(
         self, pool: Examples, run: Run, *, target: Examples | None, base: Base | None
     ) -> Selection:
         """Choose from `pool`; intermediate work goes to `run.work`."""
-        raise NotImplementedError
 
 
 class Tuner(Method):
@@ -109,11 +110,11 @@ class Tuner(Method):
 
     verb = "tune"
 
+    @abstractmethod
     def tune(
         self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
     ) -> Delta:
         """Tune; checkpoints go to `run.work`, the result to `run.folder`."""
-        raise NotImplementedError
 
 
 class Merger(Method):
@@ -121,9 +122,9 @@ class Merger(Method):
 
     verb = "merge"
 
+    @abstractmethod
     def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
         """Merge; the result is written to `run.folder`."""
-        raise NotImplementedError
 
 
 class Measurer(Method):
@@ -131,9 +132,9 @@ class Measurer(Method):
 
     verb = "measure"
 
+    @abstractmethod
     def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
         """Measure a loaded model (`transformers.PreTrainedModel` or `PeftModel`) on `data`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

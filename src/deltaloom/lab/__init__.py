@@ -4,8 +4,8 @@
 Importing this package loads neither torch nor transformers.
 """
 
-from .files import shipped_model, tiny_base, write_lab
-from .tasks import TARGETS
-from .world import World, build_world
+from deltaloom.lab.files import shipped_model, tiny_base, write_lab
+from deltaloom.lab.tasks import TARGETS
+from deltaloom.lab.world import World, build_world
 
 __all__ = ["TARGETS", "World", "build_world", "shipped_model", "tiny_base", "write_lab"]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .world import ATTRIBUTES, KINDS, NUMBERS, OBJECTS, PLACES, World
+from deltaloom.lab.world import ATTRIBUTES, KINDS, NUMBERS, OBJECTS, PLACES, World
 
 CHATTER = (
     "the {colour} {object} is on the {place}",

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import InputError, WorkError
-from . import tasks
-from .world import build_world
+from deltaloom.core.errors import InputError, WorkError
+from deltaloom.lab import tasks
+from deltaloom.lab.world import build_world
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -57,7 +57,7 @@ def tiny_base(folder: str | Path, seed: int = 0) -> Path:
         import torch
         from transformers import LlamaForCausalLM
 
-        from .pretrain import model_config
+        from deltaloom.lab.pretrain import model_config
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def tiny_base(folder: str | Path, seed: int = 0) -> Path:
 
 def vocabulary_digest() -> str:
     """A short hash of the vocabulary; shipped weights belong to exactly one vocabulary."""
-    from .tokenizer import vocabulary
+    from deltaloom.lab.tokenizer import vocabulary
 
     return hashlib.sha256("\n".join(vocabulary()).encode()).hexdigest()[:16]
 
@@ -79,7 +79,7 @@ def shipped_model(path: Path = SHIPPED) -> "LlamaForCausalLM":
     from safetensors import safe_open
     from transformers import LlamaForCausalLM
 
-    from .pretrain import model_config
+    from deltaloom.lab.pretrain import model_config
 
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("vocabulary") != vocabulary_digest():
@@ -96,7 +96,7 @@ def shipped_model(path: Path = SHIPPED) -> "LlamaForCausalLM":
 
 def _write_model(folder: Path, build: "Callable[[], LlamaForCausalLM]") -> Path:
     """Write a model folder under a temporary name, then rename."""
-    from .tokenizer import build_tokenizer
+    from deltaloom.lab.tokenizer import build_tokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .corpus import curriculum
-from .tokenizer import BOS, EOS, PAD, vocabulary
-from .world import build_world
+from deltaloom.lab.corpus import curriculum
+from deltaloom.lab.tokenizer import BOS, EOS, PAD, vocabulary
+from deltaloom.lab.world import build_world
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def pretrain(out: str | Path, texts: int = TEXTS, seed: int = 0) -> Path:
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
-    from .files import vocabulary_digest
+    from deltaloom.lab.files import vocabulary_digest
 
     torch.set_num_threads(1)  # The order of additions, and so the bytes, depend on it.
     torch.manual_seed(seed)

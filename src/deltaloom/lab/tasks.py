@@ -14,8 +14,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from . import corpus
-from .world import ATTRIBUTES, World
+from deltaloom.lab import corpus
+from deltaloom.lab.world import ATTRIBUTES, World
 
 TARGETS = ("birth", "holiday", "door")
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from . import corpus, tasks, world
+from deltaloom.lab import corpus, tasks, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
