@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.spec import Spec
@@ -172,3 +174,11 @@ class Base(Spec):
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _named(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+BaseField = Annotated[Base, BeforeValidator(_named)]
+"""A Base in settings: a mapping, or the model's name alone."""

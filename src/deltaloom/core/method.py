@@ -98,6 +98,10 @@ class Selector(Method):
 
     verb = "select"
 
+    def keeps(self, sizes: Sizes) -> int:
+        """Rows it will keep of a pool of these sizes, at most."""
+        return sizes.rows
+
     @abstractmethod
     def select(
         self, pool: Examples, run: Run, *, target: Examples | None, base: Base | None

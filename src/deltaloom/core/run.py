@@ -16,6 +16,7 @@ import resource
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,16 @@ OWN = ("run.json", "recipe.yaml", "metrics.jsonl", ".lock", ".run.json.part")
 """Files that a run itself makes in its folder."""
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who does a run's maps; no part of what the run is, as it changes none of its results."""
+
+    count: int = 0
+    """Worker processes, each with one thread; 0 works in this process."""
+    cluster: str | None = None
+    """Address of a Ray cluster, or `local` to start one here."""
+
+
 class Run:
     """A folder being worked in. Use as a context manager: leaving it records how it ended."""
 
@@ -42,6 +53,7 @@ class Run:
         """Where `run.json` and the scratch are."""
         self.folder = folder
         """Where outputs go; `part` gives views that write to a folder inside."""
+        self.workers = Workers()
         self.record = record
         self._lock = lock
         # Shared with the views that `part` gives, so that no second is counted twice.

@@ -8,7 +8,7 @@ one token share their prompt's pass), most padding, and the logits that no score
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,21 @@ def device_of(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
+def accepts_kept_logits(model: Any) -> bool:
+    """Whether the model takes `logits_to_keep` as an index of positions."""
+    # An index tensor cannot be on every device of a model that is spread over several.
+    spread = len(set((getattr(_inner(model), "hf_device_map", None) or {}).values())) > 1
+    return "logits_to_keep" in _accepted(model) and not spread
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _accepted(model: Any) -> Mapping[str, Any]:
+    return inspect.signature(_inner(model).forward).parameters
+
+
 @dataclass(frozen=True, slots=True)
 class _Cells:
     """What to read from a batch: at `rows`, `positions` the log-probability of `targets`, (m,)."""
@@ -163,12 +178,8 @@ class _Runner:
     def __init__(self, model: Any, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
         self.device = device_of(model)
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        accepted = inspect.signature(inner.forward).parameters
-        # An index tensor cannot be on every device of a model that is spread over several.
-        spread = len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1
-        self.keeps = "logits_to_keep" in accepted and not spread
-        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.keeps = accepts_kept_logits(model)
+        self.options = {"use_cache": False} if "use_cache" in _accepted(model) else {}
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def score(self, rows: Sequence[Sequence[int]], cells: _Cells) -> NDArray[np.float32]:

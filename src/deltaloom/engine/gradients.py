@@ -1,119 +1,136 @@
-"""Per-example gradients of a whole ragged batch in one forward and one backward pass.
-
-For a linear module y = W a the gradient of example i is sum_t g_it a_it' with g the gradient at
-the module's output. Hooks keep a and g; examples of a batch share no computation, so one backward
-pass of the summed losses gives every example's g.
-"""
+"""Per-example gradients of ragged rows: whole, or sketched to a few thousand numbers on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaloom.core.encoding import Encoded
-from deltaloom.core.errors import InputError
+from deltaloom.core.errors import WorkError
+from deltaloom.engine.forward import accepts_kept_logits, budgeted, device_of
+from deltaloom.engine.preconditioning import Precondition
+from deltaloom.engine.projection import Projection
+from deltaloom.engine.taps import Rows, Taps
 from deltaloom.engine.train import collate
 
-TOKENS = 4096
+TOKENS = {"cpu": 2048, "other": 16384}
 """Padded tokens per batch at most."""
-FLOATS = 2**22
-"""Gradient entries per batch at most: 16 MiB in float32, so that what follows stays in cache."""
+FLOATS = 2**24
+"""Gradient entries of one parameter, over a batch's rows, at most: 64 MiB in float32."""
+
+Loss = Callable[[Any, dict[str, Tensor]], Tensor]
+"""Takes the model and a batch (`input_ids`, `attention_mask`, `labels`, all (b, T), labels -100
+where nothing is learned) and gives each row's loss (b,)."""
 
 
-def parameter_names(model: nn.Module) -> list[str]:
-    """Trainable parameters in the order their gradients are concatenated.
-
-    Raises InputError when one is not the weight of a linear module, as LoRA's factors are.
-    """
-    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    for name in names:
-        if name not in linear:
-            raise InputError(f"per-example gradients need linear modules, and {name} is none")
-    return names
-
-
-def per_example(
-    model: Any, rows: Sequence[Encoded], pad_id: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (row numbers, gradients (b, D) in float32) batch by batch, rows sorted by length.
-
-    The loss of a row is its mean cross-entropy over response tokens, the model in evaluation
-    mode. D is the concatenation of the parameters named by `parameter_names`.
-    """
-    names = parameter_names(model)
-    modules = dict(model.named_modules())
-    parts = [modules[name.removesuffix(".weight")] for name in names]
-    size = sum(part.weight.numel() for part in parts)
-    device = parts[0].weight.device
-    model.eval()
-    with _Capture(parts) as capture:
-        for numbers in _batches(rows, max(1, FLOATS // size)):
-            batch = collate([rows[i] for i in numbers], pad_id)
-            loss = summed_loss(model, {key: value.to(device) for key, value in batch.items()})
-            loss.backward()
-            gradients = [capture.gradient(part).flatten(1) for part in parts]
-            model.zero_grad(set_to_none=True)
-            yield numbers, torch.cat(gradients, dim=1)
+def mean_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Each row's mean cross-entropy over its labelled tokens, (b,)."""
+    counts = (batch["labels"][:, 1:] != -100).sum(1)
+    return summed_loss(model, batch) / counts
 
 
 def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Sum over rows of the mean cross-entropy of each row's labelled tokens."""
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits[:, :-1]  # (b, T - 1, V)
+    """Each row's cross-entropy summed over its labelled tokens, (b,)."""
     labels = batch["labels"][:, 1:]  # (b, T - 1)
-    row, position = (labels != -100).nonzero(as_tuple=True)
+    options: dict[str, Any] = {"use_cache": False}
+    kept = torch.arange(labels.shape[1], device=labels.device)
+    if accepts_kept_logits(model):  # the output layer is dear, and many tokens are prompt
+        kept = (labels != -100).any(0).nonzero()[:, 0]
+        options["logits_to_keep"] = kept
+        labels = labels[:, kept]
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
+    ).logits[:, : len(kept)]  # (b, kept, V)
     losses = nn.functional.cross_entropy(
-        logits[row, position].float(), labels[row, position], reduction="none"
+        logits.flatten(0, 1).float(), labels.flatten(), reduction="none"
     )
-    counts = torch.bincount(row, minlength=len(labels))
-    return (losses / counts[row]).sum()
+    return losses.view(labels.shape).sum(1)
 
 
-class _Capture:
-    """Inputs and output gradients of some linear modules during one forward and backward."""
+def per_example(
+    model: Any,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    *,
+    names: Sequence[str] | None = None,
+    loss: Loss = mean_loss,
+    checkpointing: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (row numbers, gradients (b, D) in float32) batch by batch.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.inputs: dict[nn.Module, Tensor] = {}
-        self.outputs: dict[nn.Module, Tensor] = {}
-
-    def __enter__(self) -> _Capture:
-        self.handles = [module.register_forward_hook(self._keep) for module in self.modules]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.inputs[module] = inputs[0].detach()
-        output.register_hook(self._store(module))
-
-    def _store(self, module: nn.Module) -> Callable[[Tensor], None]:
-        def store(gradient: Tensor) -> None:
-            self.outputs[module] = gradient
-
-        return store
-
-    def gradient(self, module: nn.Module) -> Tensor:
-        """(b, out, in) for the last batch; the kept tensors are freed."""
-        a, g = self.inputs.pop(module), self.outputs.pop(module)
-        return torch.einsum("bto,bti->boi", g.float(), a.float())
+    D is the parameters `names` end to end (default: all that require gradients, in the model's
+    order). The model is put into evaluation mode. Raises InputError as `Taps` does, WorkError
+    naming the row whose gradient is not finite.
+    """
+    with Taps(model, names, checkpointing=checkpointing) as taps:
+        for numbers, values in _losses(model, taps, taps.size, rows, pad_id, loss):
+            found: dict[str, Tensor] = {}
+            taps.backward(values, partial(_keep, found))
+            whole = torch.cat([found[name] for name in taps.shapes], dim=1)
+            _check(whole, [rows[i] for i in numbers])
+            yield numbers, whole
 
 
-def _batches(rows: Sequence[Encoded], most: int) -> Iterator[list[int]]:
+def sketched(
+    model: Any,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    projection: Projection,
+    *,
+    precondition: Precondition | None = None,
+    names: Sequence[str] | None = None,
+    loss: Loss = mean_loss,
+    checkpointing: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (row numbers, projected gradients (b, dim) in float32), never holding a whole one.
+
+    As `per_example`, with each parameter's gradients preconditioned and projected as soon as the
+    backward pass makes them.
+    """
+    with Taps(model, names, checkpointing=checkpointing) as taps:
+        largest = max(shape.numel() for shape in taps.shapes.values())
+        for numbers, values in _losses(model, taps, largest, rows, pad_id, loss):
+            out = torch.zeros(len(numbers), projection.dim, device=values.device)
+            taps.backward(values, partial(_project, projection, precondition, out))
+            _check(out, [rows[i] for i in numbers])
+            yield numbers, out
+
+
+def _keep(found: dict[str, Tensor], name: str, rows: Rows) -> None:
+    found[name] = rows.whole().flatten(1).float()
+
+
+def _project(
+    projection: Projection, precondition: Precondition | None, out: Tensor, name: str, rows: Rows
+) -> None:
+    projection.add(name, rows, out, precondition)
+
+
+def _losses(
+    model: Any, taps: Taps, entries: int, rows: Sequence[Encoded], pad_id: int, loss: Loss
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Row numbers, shortest rows first, and their losses (b,) with the graph behind them."""
+    model.eval()
+    device = device_of(model)
+    tokens = TOKENS["cpu" if device.type == "cpu" else "other"]
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))
-    batch: list[int] = []
-    for i in order:
-        # Sorted by length, so the newest row is the widest.
-        if batch and (len(batch) == most or (len(batch) + 1) * len(rows[i].input_ids) > TOKENS):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    most = max(1, FLOATS // entries)
+    for wide in budgeted([len(rows[i].input_ids) for i in order], tokens):
+        for start in range(0, len(wide), most):
+            numbers = [order[k] for k in wide[start : start + most]]
+            batch = collate([rows[i] for i in numbers], pad_id)
+            yield numbers, loss(model, {key: value.to(device) for key, value in batch.items()})
+
+
+def _check(gradients: Tensor, rows: Sequence[Encoded]) -> None:
+    finite = torch.isfinite(gradients).all(dim=1)
+    if not finite.all():
+        row = rows[int((~finite).nonzero()[0])]
+        raise WorkError(
+            f"row {row.id!r} has a gradient that is not finite; look at that row, or use a "
+            "float32 model"
+        )

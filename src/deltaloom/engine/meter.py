@@ -55,14 +55,21 @@ def count_training(
 
     Returns what was entered: `forward_tokens`, `backward_tokens` and `flops`.
     """
+    spent = training_cost(model, tokens, trainable)
+    run.spend(**spent, **_peak(model))
+    return spent
+
+
+def training_cost(
+    model: Any, tokens: int, trainable: Literal["all", "adapter"] = "all"
+) -> dict[str, float]:
+    """What `count_training` enters; for workers, which have no ledger."""
     per_weight = 6.0 if trainable == "all" else 4.0
-    spent = {
+    return {
         "forward_tokens": float(tokens),
         "backward_tokens": float(tokens),
         "flops": per_weight * matmul_parameters(model) * tokens,
     }
-    run.spend(**spent, **_peak(model))
-    return spent
 
 
 def _peak(model: Any) -> dict[str, float]:

@@ -1,0 +1,100 @@
+"""Maps over workers: every shard once, deaths survived, errors as they were."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from deltaloom.core.errors import InputError, WorkError
+from deltaloom.core.run import Workers
+from deltaloom.engine.shards import Job, run_shards
+
+CREWS = [Workers(), Workers(1), Workers(3)]
+
+
+class Squares(Job):
+    """Writes the square of each item into a file, and says who did."""
+
+    def __init__(self, folder, dies=(), fails=()):
+        self.folder, self.dies, self.fails = folder, dies, fails
+
+    def open(self):
+        (self.folder / f"opened-{os.getpid()}").touch()
+        return self.do
+
+    def do(self, item):
+        if item in self.fails:
+            raise InputError(f"no square of {item}")
+        if item in self.dies:
+            mark = self.folder / f"died-{item}-{len(list(self.folder.glob(f'died-{item}-*')))}"
+            if self.dies[item] > int(mark.name.rpartition("-")[2]):
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / f"{item}.txt").write_text(str(item**2))
+        return os.getpid()
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def run(job, items, crew):
+    found = {}
+    run_shards(job, items, crew, lambda item, value: found.setdefault(item, value))
+    return found
+
+
+@pytest.mark.parametrize("crew", CREWS, ids=["here", "one", "three"])
+def test_every_shard_is_done_once(tmp_path, crew):
+    found = run(Squares(tmp_path), range(7), crew)
+    assert set(found) == set(range(7))
+    assert {p.stem: p.read_text() for p in tmp_path.glob("*.txt")} == {
+        str(i): str(i * i) for i in range(7)
+    }
+    workers = set(found.values())
+    assert len(list(tmp_path.glob("opened-*"))) == max(1, crew.count)
+    assert (os.getpid() in workers) == (crew.count == 0)
+
+
+def test_a_killed_worker_costs_its_shard_only(tmp_path):
+    found = run(Squares(tmp_path, dies={3: 1, 5: 2}), range(8), Workers(2))
+    assert set(found) == set(range(8))
+    assert len(list(tmp_path.glob("*.txt"))) == 8
+    assert len(list(tmp_path.glob("opened-*"))) == 2 + 3
+
+
+def test_a_shard_that_kills_its_workers_ends_the_work(tmp_path):
+    with pytest.raises(WorkError, match=r"shard 2: 3 workers died over it \(exit status -9\)"):
+        run(Squares(tmp_path, dies={2: 99}), range(4), Workers(2))
+
+
+@pytest.mark.parametrize("crew", CREWS, ids=["here", "one", "three"])
+def test_errors_arrive_as_they_were(tmp_path, crew):
+    with pytest.raises(InputError, match="no square of 4"):
+        run(Squares(tmp_path, fails=(4,)), range(6), crew)
+
+
+def test_other_errors_bring_the_workers_stack(tmp_path):
+    with pytest.raises(RuntimeError, match="unsupported operand"):
+        run(Squares(tmp_path), ["text"], Workers(1))
+
+
+def test_no_items_start_nobody(tmp_path):
+    assert run(Squares(tmp_path), [], Workers(2)) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_ray_gives_the_same(tmp_path):
+    ray = pytest.importorskip("ray")
+    found = run(Squares(tmp_path, dies={1: 1}), range(4), Workers(2, "local"))
+    assert set(found) == set(range(4))
+    assert len(list(tmp_path.glob("*.txt"))) == 4
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_without_ray_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r'pip install "deltaloom\[ray\]"'):
+        run(Squares(tmp_path), range(2), Workers(1, "local"))
