@@ -20,7 +20,7 @@ from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, get
 from deltaloom.core.progress import say
-from deltaloom.core.run import COUNTERS, Run
+from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.recipe.card import write_card
 from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, TuneStep
 
@@ -96,6 +96,7 @@ def run_step(
         if run.done:
             say(f"{planned.step.name}: already done in {folder}")
             return run.record
+        run.workers = Workers(planned.step.workers, planned.step.cluster)
         say(f"{planned.step.name}: {planned.step.verb} {planned.step.method} -> {folder}")
         results = DOING[planned.step.verb](planned, inputs, run)
         run.finish(**results)

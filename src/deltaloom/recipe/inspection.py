@@ -27,7 +27,8 @@ def inspect(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file or folder")
     if (path / "header.json").exists():
         store = Features.open(path)
-        return {"kind": "features", "rows": len(store), "width": store.width}
+        dtype = store.header["dtype"]
+        return {"kind": "features", "rows": len(store), "width": store.width, "dtype": dtype}
     facts: dict[str, Any] = {}
     if (path / "run.json").exists():
         record = Run.read(path)

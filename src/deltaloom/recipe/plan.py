@@ -40,8 +40,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         if planned.step.verb == "measure":
             work = _times(work, max(len(planned.step.deltas), 1))
         if planned.step.verb == "select":
-            kept = planned.method.budget(sizes.rows)
-            rows_of[planned.step.name] = (kept, sizes.row_tokens)
+            rows_of[planned.step.name] = (planned.method.keeps(sizes), sizes.row_tokens)
         flops = work.flops(sizes.matmul_parameters)
         lines.append(
             {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaloom.core.base import BaseField
 from deltaloom.core.method import Entry, methods
-from deltaloom.recipe.steps import STEPS, BaseField, Spec
+from deltaloom.recipe.steps import STEPS, Spec
 
 
 class _Head(Spec):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BeforeValidator, Field
 
-from deltaloom.core.base import Base
+from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.method import VERBS, Method, get, methods
 from deltaloom.core.spec import Spec
@@ -25,12 +25,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_base(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
+WHO = ("workers", "cluster")
+"""Keys that say who does the work: no part of what the step is."""
 Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-BaseField = Annotated[Base, BeforeValidator(_as_base)]
 
 
 class Step(Spec):
@@ -48,6 +45,11 @@ class Step(Spec):
     dtype, device, trust_remote_code. The recipe's own `base` when left out."""
     seed: int = 0
     """Seed of every random choice. The recipe's own `seed` when left out."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that share the shards of a gradient or feature pass, each with one thread; any
+    number of them gives the same bytes. 0 works in this process. May change between resumptions."""
+    cluster: str | None = None
+    """Address of a Ray cluster to do that on, or `local`; its machines must see the same files."""
 
 
 class SelectStep(Step):
@@ -128,7 +130,7 @@ class Planned:
 
     def record(self) -> dict[str, Any]:
         """The step with every setting spelled out, as a recipe says it."""
-        inputs = self.step.model_dump(mode="json", exclude_none=True)
+        inputs = self.step.model_dump(mode="json", exclude_none=True, exclude={*WHO})
         return {self.step.verb: {**inputs, **self.method.model_dump(mode="json")}}
 
     def standing_alone(self, folder_of: Callable[[str], str]) -> Planned:

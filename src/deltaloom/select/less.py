@@ -11,10 +11,11 @@ warm-up optimizer's moments m, v. Subtasks are the target rows' `group` (one whe
 
 Differs: the update follows the authors' code (no bias correction, epsilon inside the root) where
 the paper prints Adam's; the projection is a sparse Johnson-Lindenstrauss transform of the same
-fidelity (`projection=rademacher` is the authors'); groups may differ in size; adapters sit on all
-linear modules unless `warmup.modules` says otherwise.
+fidelity (`projection=rademacher` is the authors') and rows are stored as int8 (QLESS, Ananta et al.
+2025, arXiv 2502.01703); groups may differ in size; adapters sit on all linear modules unless
+`warmup.modules` says otherwise.
 
-Not covered: features kept for other targets, features from another model than the base.
+Not covered: gradients of anything but LoRA factors; near-duplicates.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, field_validator
 
+from deltaloom.core.base import BaseField
 from deltaloom.core.method import Selection, Sizes, Work
+from deltaloom.core.progress import say
 from deltaloom.select._budget import BudgetSelector
-from deltaloom.select.random import draw
+from deltaloom.select._picking import Pick
 from deltaloom.tune.lora import Lora
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
-    from deltaloom.core.features import Features
     from deltaloom.core.run import Run
+    from deltaloom.select._influence import Influence
 
 AUTHORS = {"r": 128, "alpha": 512.0, "dropout": 0.1, "lr": 2e-5, "epochs": 4, "batch_size": 128}
 """LESS's warm-up (scripts/train, on four devices)."""
+WIDTHS = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+NAMED = 3
+"""Target rows that a reason names."""
 
 
 @final
@@ -47,59 +51,78 @@ class Less(BudgetSelector):
 
     needs: ClassVar[frozenset[str]] = frozenset({"target", "base"})
 
+    proxy: BaseField | None = None
+    """Model whose gradients are used instead of the base's: a small model of the same family
+    selects for a large one at its own price (LESS-T, section 4.3)."""
     warmup_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Random share of the pool that the warm-up run sees (LESS: 0.05)."""
     warmup: Lora = Lora(**AUTHORS)
     """Settings of the warm-up run; each epoch gives one checkpoint (LESS: r 128, alpha 512,
     dropout 0.1, lr 2e-5, 4 epochs, batch 128). Keys given replace these one by one."""
-    projection: Literal["sparse", "rademacher"] = "sparse"
+    checkpoints: Literal["all", "last"] = "all"
+    """Epochs whose gradients count: all as published, or the last alone, at a part of the cost
+    (the authors' ablation, table 6)."""
+    projection: Literal["sparse", "rademacher", "gaussian"] = "sparse"
     """Random projection of the gradients: sparse costs O(D), rademacher is the authors'."""
     dimension: Annotated[int, Field(ge=1)] = 4096
     """Width of the projected gradients (LESS: 8192; half of it kept the ranking on CPUs)."""
+    dtype: Literal["int8", "float16", "bfloat16", "float32"] = "int8"
+    """Number format of the stored features (QLESS: int8 selects as float16 does)."""
+    pick: Pick = "top"
+    """How influence becomes a choice: top takes the best scores (LESS), round_robin lets subtasks,
+    or the rows of a single one, take turns (Nayak et al. 2026)."""
+    features: str | None = None
+    """Folder where the warm-up and the pool's features are kept and found again, so that another
+    target costs its own rows only; the run's scratch when left out."""
+    scores_only: bool = False
+    """Keep each pool row's influence instead of its features: less disk, nothing for another
+    target."""
 
     @field_validator("warmup", mode="before")
     @classmethod
     def _onto_authors(cls, value: Any) -> Any:
         return {**AUTHORS, **value} if isinstance(value, dict) else value
 
+    @field_validator("features")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return value and str(Path(value).expanduser().resolve())
+
     def work(self, sizes: Sizes) -> Work:
         """Warm-up epochs on a part, then one gradient pass over everything per checkpoint."""
-        checkpoints = round(self.warmup.epochs)
+        epochs = round(self.warmup.epochs)
+        passes = epochs if self.checkpoints == "all" else 1
         training = self.warmup.work(sizes)
-        rows = sizes.rows * (1 + self.warmup_fraction) + sizes.target_rows
+        trained, seen = epochs * self.warmup_fraction * sizes.rows, sizes.rows + sizes.target_rows
+        width = 4 * sizes.target_rows if self.scores_only else WIDTHS[self.dtype] * self.dimension
         return Work(
-            adapter_tokens=checkpoints * rows * sizes.row_tokens,
+            adapter_tokens=(trained + passes * seen) * sizes.row_tokens,
             memory_bytes=training.memory_bytes,
-            disk_bytes=training.disk_bytes + 2.0 * checkpoints * sizes.rows * self.dimension,
+            disk_bytes=training.disk_bytes + float(passes * sizes.rows * width),
         )
 
     def select(
         self, pool: Examples, run: Run, *, target: Examples | None, base: Base | None
     ) -> Selection:
-        """Rows by descending score; the scores cover the whole pool."""
-        import numpy as np
-
+        """Rows in order of choice; the scores cover the whole pool."""
         from deltaloom.core.features import Features
+        from deltaloom.select._picking import round_robin, top
 
         assert target is not None
         assert base is not None
-        count = self.budget(len(pool))
-        checkpoints = self._warm_up(pool, base, run)
-        groups = [row.group or "" for row in target]
-        weights = np.array([checkpoint["lr"] for checkpoint in checkpoints])
-        influence = np.zeros((len(pool), len(target)), dtype=np.float32)
-        for checkpoint, weight in zip(checkpoints, weights / weights.sum(), strict=True):
-            rows, queries = self._features(checkpoint, pool, target, base, run)
-            goal = queries.matrix()  # (t, dim)
-            for numbers, block in rows.blocks():
-                influence[numbers.start : numbers.stop] += weight * (block @ goal.T)
-        scores = subtask_scores(influence, groups)  # (n,)
-        best = np.argsort(-scores, kind="stable")[:count]
-        nearest = influence[best].argmax(axis=1)
-        reasons = {
-            pool[int(i)].id: f"closest to target row {target[int(j)].id}"
-            for i, j in zip(best, nearest, strict=True)
-        }
+        reach = self.reach(len(pool))
+        _say_shared(pool, target, run)
+        influence = self._influence(pool, target, self.proxy or base, run)
+        groups = _columns([row.group or "" for row in target])
+        by_group = influence.of(groups)  # (n, G)
+        scores = by_group.max(axis=1)
+        if self.pick == "top":
+            order = top(scores, reach)
+        else:
+            one_by_one = [[j] for j in range(len(target))]
+            turns = by_group if len(groups) > 1 else influence.of(one_by_one)
+            order = round_robin(turns, reach)
+        chosen = self.take(pool, order, run, base)
         stored = Features.from_scores(
             run.work / "scores",
             pool.ids,
@@ -107,125 +130,42 @@ class Less(BudgetSelector):
             about={"method": "less", "base": base.fingerprint(), "target": target.digest()},
             columns={"source": [row.source for row in pool]},
         )
-        return Selection(pool.take(best.tolist()), stored, reasons)
+        return Selection(chosen, stored, _reasons(influence, chosen, pool, target))
 
-    def _warm_up(self, pool: Examples, base: Base, run: Run) -> list[dict[str, Any]]:
-        """Folder and mean learning rate of each epoch's checkpoint."""
-        from deltaloom.core.encoding import encode
-        from deltaloom.engine.train import fit
-        from deltaloom.select._moments import read_epochs, save_epoch
+    def _influence(self, pool: Examples, target: Examples, source: Base, run: Run) -> Influence:
+        from deltaloom.select._influence import Influence, Sketching
+        from deltaloom.select._warmup import kept_folder, warm_up
 
-        home = run.work / "warmup"
-        total = round(self.warmup.epochs)
-        done = read_epochs(home)
-        if len(done) == total:
-            return done
-        tokenizer = base.tokenizer()
-        part = pool.take(draw(len(pool), max(1, round(self.warmup_fraction * len(pool))), run.seed))
-        limit = min(self.warmup.max_length or base.max_length, base.max_length)
-        rows = encode(part, tokenizer, limit)
-        run.note(warmup_rows=len(rows))
-        settings = self.warmup.train_settings(
-            self.warmup.lr, epochs=total, save_steps=0, trainable="adapter"
-        )
-        fit(
-            self.warmup.attach(base, run.seed),
-            rows,
-            tokenizer.pad_token_id,
-            settings,
-            run,
-            folder="warmup-training",
-            after_epoch=lambda trainer, epoch: save_epoch(home, trainer, epoch, base),
-        )
-        return read_epochs(home)
-
-    def _features(
-        self,
-        checkpoint: dict[str, Any],
-        pool: Examples,
-        target: Examples,
-        base: Base,
-        run: Run,
-    ) -> tuple[Features, Features]:
-        """Unit projected gradients of pool (Adam-shaped) and target (plain) rows."""
-        from deltaloom.engine.gradients import parameter_names
-        from deltaloom.engine.projection import Rademacher, Sparse
-        from deltaloom.select._moments import adam_update, load_epoch
-
-        folder: Path = checkpoint["folder"]
-        model, moments = load_epoch(folder, base, self.warmup)
-        size = sum(model.get_parameter(name).numel() for name in parameter_names(model))
-        kind = Sparse if self.projection == "sparse" else Rademacher
-        project = kind(size, self.dimension, run.seed)
-        stores = []
-        for name, data in (("pool", pool), ("target", target)):
-            shape = (lambda g: project(adam_update(g, *moments))) if name == "pool" else project
-            about = {
-                "what": f"{name} gradients",
-                "base": base.fingerprint(),
-                "checkpoint": folder.name,
-                "projection": [self.projection, self.dimension, run.seed],
-                "data": data.digest(),
-            }
-            stores.append(
-                unit_features(
-                    run.work / "features" / folder.name / name,
-                    model,
-                    base,
-                    data,
-                    self.warmup.max_length,
-                    self.dimension,
-                    shape,
-                    about,
-                    run,
-                )
-            )
-        return stores[0], stores[1]
+        how = Sketching(source, self.warmup, self.projection, self.dimension, run.seed, self.dtype)
+        with kept_folder(self.features, run) as home:
+            epochs = warm_up(how, self.warmup_fraction, pool, run, home)
+            if self.checkpoints == "last":
+                epochs = epochs[-1:]
+            only = self.scores_only
+            return Influence.measure(how, epochs, pool, target, run, home, scores_only=only)
 
 
-def unit_features(
-    folder: Path,
-    model: Any,
-    base: Base,
-    data: Examples,
-    max_length: int | None,
-    dimension: int,
-    shape: Any,
-    about: dict[str, Any],
-    run: Run,
-) -> Features:
-    """Rows of unit length, `shape(gradients)` scaled, computed shard by missing shard."""
-    import numpy as np
-    import torch
-
-    from deltaloom.core.encoding import encode
-    from deltaloom.core.features import Features
-    from deltaloom.core.progress import progress
-    from deltaloom.engine.gradients import per_example
-    from deltaloom.engine.meter import count_training
-
-    tokenizer = base.tokenizer()
-    rows = encode(data, tokenizer, min(max_length or base.max_length, base.max_length))
-    store = Features.create(folder, data.ids, dimension, about=about, dtype="float16")
-    shards = store.shards()
-    missing = store.missing()
-    with progress(about["what"], len(shards), len(shards) - len(missing)) as advance:
-        for number in missing:
-            part = [rows[i] for i in shards[number]]
-            out = np.zeros((len(part), dimension), dtype=np.float32)
-            for numbers, gradients in per_example(model, part, tokenizer.pad_token_id):
-                unit = torch.nn.functional.normalize(shape(gradients), dim=1)
-                out[numbers] = unit.cpu().numpy()
-            store.write_shard(number, out)
-            count_training(run, model, sum(len(row.input_ids) for row in part), trainable="adapter")
-            advance(1)
-    return store
+def _columns(groups: list[str]) -> list[list[int]]:
+    """The target rows of each subtask, subtasks by name."""
+    return [[j for j, group in enumerate(groups) if group == name] for name in sorted(set(groups))]
 
 
-def subtask_scores(influence: np.ndarray, groups: list[str]) -> np.ndarray:
-    """(n, t) -> (n,): mean over each group's columns, then the largest group."""
-    import numpy as np
+def _say_shared(pool: Examples, target: Examples, run: Run) -> None:
+    shared = len(set(pool.ids) & set(target.ids))
+    if shared:
+        say(f"{shared} target rows are in the pool too and will choose themselves")
+        run.note(target_rows_in_pool=shared)
 
-    names = sorted(set(groups))
-    columns = [[j for j, group in enumerate(groups) if group == name] for name in names]
-    return np.stack([influence[:, own].mean(axis=1) for own in columns], axis=1).max(axis=1)
+
+def _reasons(
+    influence: Influence, chosen: Examples, pool: Examples, target: Examples
+) -> dict[str, str]:
+    """Chosen id -> the target rows that pulled it in, strongest first."""
+    number = {identity: i for i, identity in enumerate(pool.ids)}
+    pulls = influence.rows([number[identity] for identity in chosen.ids])  # (k, t)
+    best = (-pulls).argsort(axis=1, kind="stable")[:, :NAMED]
+    ids = target.ids
+    return {
+        identity: "pulled in by target rows " + ", ".join(f"{ids[j]} ({row[j]:+.3f})" for j in own)
+        for identity, row, own in zip(chosen.ids, pulls, best, strict=True)
+    }

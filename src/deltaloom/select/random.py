@@ -34,10 +34,11 @@ class Random(BudgetSelector):
         self, pool: Examples, run: Run, *, target: Examples | None = None, base: Base | None = None
     ) -> Selection:
         """Rows in the random order of their choice."""
-        return Selection(pool.take(draw(len(pool), self.budget(len(pool)), run.seed)))
+        order = draw(len(pool), self.reach(len(pool)), run.seed)
+        return Selection(self.take(pool, order, run, base))
 
 
-def draw(rows: int, count: int, seed: int) -> list[int]:
+def draw(rows: int, count: int, seed: int | tuple[int, ...]) -> list[int]:
     """`count` of `rows` row numbers, uniformly without replacement."""
     import numpy as np
 
