@@ -96,6 +96,20 @@ def test_bad_input_is_one_sentence_and_exit_code_two(words, sentence, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(None, "1"), ("2", "2")])
+def test_merging_starts_no_blas_threads_unless_asked(given, wanted, monkeypatch):
+    from deltaloom.cli import main
+    from deltaloom.core.errors import InputError
+
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "restored at the end")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    if given:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
+    with pytest.raises(InputError):
+        main.merge("average", ["base=nothing"])
+    assert os.environ["OPENBLAS_NUM_THREADS"] == wanted
+
+
 def test_usage_errors_exit_with_two():
     assert call("tuen").returncode == 2
     assert call("tune").returncode == 2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deltaloom.core.errors import InputError, WorkError
-from deltaloom.core.tensors import INDEX, TensorFolder
+from deltaloom.core.tensors import INDEX, TensorFolder, TensorWriter
 from deltaloom.merge import _kernels as kernels
 from deltaloom.merge._formats import narrow, widen
 from deltaloom.merge._stream import merge_folders
@@ -89,6 +89,23 @@ def test_bytes_depend_on_neither_threads_nor_blocks_nor_shards(tmp_path, models,
     assert len(list(out.glob("*.safetensors"))) == 4
     whole = load_file(tmp_path / "a" / "model.safetensors")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded(out).items())
+
+
+def test_blocks_are_cut_at_round_positions_of_the_output_file(tmp_path, models, monkeypatch):
+    cuts = []
+    write = TensorWriter.write
+
+    def seen(self, name, start, data):
+        cuts.append((name, start, self.entries[name].offset // 2 + start, data.nbytes // 2))
+        write(self, name, start, data)
+
+    monkeypatch.setattr(TensorWriter, "write", seen)
+    merge_folders(models[0], models[1:], Arithmetic().rule(2), tmp_path / "out", block=256)
+    assert any(start for _, start, _, _ in cuts)
+    assert all(place % 256 == 0 for _, start, place, _ in cuts if start)
+    assert all(count <= 256 for *_, count in cuts)
+    sizes = {name: sum(row[3] for row in cuts if row[0] == name) for name in SHAPES}
+    assert sizes == {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

@@ -43,10 +43,11 @@ class Linear:
         for values in block.models[1:]:
             np.add(total, values, out=total)
         if equal and self.factors[0] != 1.0:  # one pass for all, most merges weigh alike
-            np.multiply(total, total.dtype.type(self.factors[0]), out=total)
+            summed = total if self.needs_base else block.out
+            total = np.multiply(total, total.dtype.type(self.factors[0]), out=summed)
         if self.needs_base:  # last, because changes are small beside it
             np.add(block.base, total, out=block.out)
-        else:
+        elif total is not block.out:
             block.out[:] = total
 
 

@@ -146,10 +146,15 @@ class Merge:
         return None
 
     def _blocks(self, tensor: TensorEntry, space: Workspace, work: np.dtype) -> Iterator[Block]:
-        for start in range(0, tensor.count, space.size):
+        # cut where the output file has round positions: a page written in two halves costs twice
+        target = self.writer.entries[tensor.name]
+        start, stop = 0, -(target.offset // target.itemsize) % space.size or space.size
+        while start < tensor.count:
             if self.stop.is_set():
                 raise WorkError("the merge was stopped")
-            yield space.block(start, min(space.size, tensor.count - start), work)
+            stop = min(stop, tensor.count)
+            yield space.block(start, stop - start, work)
+            start, stop = stop, stop + space.size
 
     def _fill(
         self, block: Block, own: StoredPart, parts: list[Part | None], space: Workspace
