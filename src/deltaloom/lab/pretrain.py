@@ -96,8 +96,13 @@ def fit(model: "LlamaForCausalLM", rows: "torch.Tensor", *, epochs: float, lr: f
         Trainer(model, arguments, data_collator=collate, train_dataset=list(rows)).train()
 
 
-def pretrain(out: str | Path, texts: int = TEXTS, seed: int = 0) -> Path:
-    """Train the base on `texts` generated texts and write `out/base.safetensors` in float16."""
+def pretrain(
+    out: str | Path, texts: int = TEXTS, seed: int = 0, *, hidden: int = 128, layers: int = 4
+) -> Path:
+    """Train the base on `texts` generated texts and write `out/base.safetensors` in float16.
+
+    Another width or depth gives a relative of the shipped model, for methods that need two.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
@@ -106,7 +111,7 @@ def pretrain(out: str | Path, texts: int = TEXTS, seed: int = 0) -> Path:
 
     torch.set_num_threads(1)  # The order of additions, and so the bytes, depend on it.
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(model_config())
+    model = LlamaForCausalLM(model_config(hidden, layers))
     fit(model, pack(curriculum(build_world(), texts, seed)), epochs=1, lr=LR, seed=seed)
     weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     folder = Path(out)

@@ -6,6 +6,7 @@ Apart from the settings, so that reading those loads no numerics.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -24,11 +25,13 @@ class Linear:
     """
 
     scans = 0
+    ordered = False
 
     def __init__(self, factors: list[float]):
         self.factors = factors
         self.needs_base = abs(1.0 - sum(factors)) > 1e-9
-        self.form: Literal["changes", "values"] = "changes" if self.needs_base else "values"
+        self.form: Literal["given", "values"] = "given" if self.needs_base else "values"
+        self.equal = len(set(factors)) == 1 and factors[0] != 1.0
 
     def begin(self, tensor: TensorEntry, models: int) -> Linear:
         """See Rule; nothing is kept between blocks."""
@@ -36,19 +39,35 @@ class Linear:
 
     def write(self, block: Block) -> None:
         """See TensorRule."""
-        total, equal = block.models[0], len(set(self.factors)) == 1
-        for values, factor in zip(block.models, self.factors, strict=True):
-            if factor != 1.0 and not equal:
+        if not self.needs_base:
+            self._sum(block.models, self.factors, block.out)
+            return
+        plus, rest, factors = block.base, [], []
+        for values, factor, change in zip(block.models, self.factors, block.given, strict=True):
+            if factor == 1.0 and not change and plus is block.base:
+                plus = values  # its change over the base, and the base, are the model itself
+                continue
+            rest.append(values if change else np.subtract(values, block.base, out=values))
+            factors.append(factor)
+        if rest:
+            self._sum(rest, factors, block.out)
+            np.add(plus, block.out, out=block.out)  # last, because changes are small beside it
+        else:
+            block.out[:] = plus
+
+    def _sum(self, arrays: Sequence[np.ndarray], factors: list[float], out: np.ndarray) -> None:
+        """out = the weighted sum of `arrays`, which are overwritten."""
+        one_by_one = [1.0] * len(factors) if self.equal else factors
+        for values, factor in zip(arrays, one_by_one, strict=True):
+            if factor != 1.0:
                 np.multiply(values, values.dtype.type(factor), out=values)
-        for values in block.models[1:]:
-            np.add(total, values, out=total)
-        if equal and self.factors[0] != 1.0:  # one pass for all, most merges weigh alike
-            summed = total if self.needs_base else block.out
-            total = np.multiply(total, total.dtype.type(self.factors[0]), out=summed)
-        if self.needs_base:  # last, because changes are small beside it
-            np.add(block.base, total, out=block.out)
-        elif total is not block.out:
-            block.out[:] = total
+        total = arrays[0]
+        for values in arrays[1:]:
+            total = np.add(total, values, out=out)
+        if self.equal:  # one pass for all, most merges weigh alike
+            total = np.multiply(total, total.dtype.type(factors[0]), out=out)
+        if total is not out:
+            out[:] = total
 
 
 class Selective:
@@ -56,6 +75,7 @@ class Selective:
 
     form: Literal["changes"] = "changes"
     needs_base = True
+    ordered = True
 
     def __init__(self, spec: Arithmetic, shares: list[float], seed: int):
         self.spec, self.shares, self.seed = spec, shares, seed

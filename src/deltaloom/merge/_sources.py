@@ -83,11 +83,13 @@ class StoredPart:
     tensor: TensorEntry
     gives_change: bool = False
 
-    def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
-        """See Part."""
+    def fill(
+        self, start: int, out: np.ndarray, scratch: np.ndarray, *, split: bool = False
+    ) -> None:
+        """See Part; `split` as `widen` has it."""
         raw = scratch[: out.size * self.tensor.itemsize]
         self.folder.read_into(self.tensor.name, start, raw)
-        widen(raw, self.tensor.dtype, out)
+        widen(raw, self.tensor.dtype, out, split=split)
 
 
 @dataclass(frozen=True)

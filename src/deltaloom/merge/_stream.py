@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter, sync_folder
-from deltaloom.merge._formats import FLOATS, narrow, same_bytes
+from deltaloom.merge._formats import FLOATS, can_split, narrow, same_bytes
 from deltaloom.merge._sources import Part, Source, StoredPart, open_source
 
 BLOCK = 1 << 18
@@ -56,6 +56,8 @@ class Block:
     """(k, n) per source, in order: changes over the base, or values, as the rule's `form` says."""
     out: np.ndarray
     """(n,) to be filled by `write`."""
+    given: list[bool] = field(default_factory=list)
+    """Per source whether `models` has a change; for rules that take models as they come."""
 
 
 class TensorRule(Protocol):
@@ -80,9 +82,13 @@ class TensorRule(Protocol):
 class Rule(Protocol):
     """How one tensor of the base and the same tensor of every source become one."""
 
-    form: Literal["changes", "values"]
+    form: Literal["changes", "values", "given"]
+    """What `Block.models` holds: changes over the base, values, or each as its source gives it."""
     needs_base: bool
     """Whether `Block.base` is read."""
+    ordered: bool
+    """Whether it matters which element is where; if not, the elements of a block may be permuted,
+    all its arrays alike."""
 
     def begin(self, tensor: TensorEntry, models: int) -> TensorRule:
         """Start on one tensor."""
@@ -105,7 +111,8 @@ class Workspace:
         flat, k = self.floats[dtype], self.models
         # cut so that `models` is contiguous for every n: one compiled form of each kernel
         models = flat[: k * n].reshape(k, n)
-        return Block(start, flat[k * n : (k + 1) * n], models, flat[(k + 1) * n : (k + 2) * n])
+        base, out = flat[k * n : (k + 1) * n], flat[(k + 1) * n : (k + 2) * n]
+        return Block(start, base, models, out)
 
 
 @dataclass
@@ -139,10 +146,13 @@ class Merge:
                 self._fill(block, own, parts, space)
                 rule.scan(number, block)
             rule.scanned(number)
+        stored = [part.tensor.dtype for part in (own, *parts) if isinstance(part, StoredPart)]
+        splits = not self.rule.ordered and len(stored) == 1 + len(parts)
         for block in self._blocks(tensor, space, work):
-            self._fill(block, own, parts, space)
+            split = splits and can_split(block.out.size, [*stored, target.dtype])
+            self._fill(block, own, parts, space, split=split)
             rule.write(block)
-            self._put(block, target, space)
+            self._put(block, target, space, split=split)
         return None
 
     def _blocks(self, tensor: TensorEntry, space: Workspace, work: np.dtype) -> Iterator[Block]:
@@ -157,24 +167,38 @@ class Merge:
             start, stop = stop, stop + space.size
 
     def _fill(
-        self, block: Block, own: StoredPart, parts: list[Part | None], space: Workspace
+        self,
+        block: Block,
+        own: StoredPart,
+        parts: list[Part | None],
+        space: Workspace,
+        *,
+        split: bool = False,
     ) -> None:
-        changes = self.rule.form == "changes"
-        if self.rule.needs_base or any(p is None or p.gives_change != changes for p in parts):
-            own.fill(block.start, block.base, space.raw)
+        form = self.rule.form
+        changes = form == "changes"
+        mixed = form != "given" and any(p is None or p.gives_change != changes for p in parts)
+        if self.rule.needs_base or mixed:
+            own.fill(block.start, block.base, space.raw, split=split)
+        block.given = [part is None or part.gives_change for part in parts]
         for out, part in zip(block.models, parts, strict=True):
             if part is None:
-                out[:] = 0 if changes else block.base
+                out[:] = block.base if form == "values" else 0
                 continue
-            part.fill(block.start, out, space.raw)
+            if isinstance(part, StoredPart):
+                part.fill(block.start, out, space.raw, split=split)
+            else:
+                part.fill(block.start, out, space.raw)
             if changes and not part.gives_change:
                 np.subtract(out, block.base, out=out)
-            elif part.gives_change and not changes:
+            elif part.gives_change and form == "values":
                 out += block.base
 
-    def _put(self, block: Block, target: TensorEntry, space: Workspace) -> None:
+    def _put(
+        self, block: Block, target: TensorEntry, space: Workspace, *, split: bool = False
+    ) -> None:
         raw = space.raw[: block.out.size * target.itemsize]
-        narrow(block.out, target.dtype, raw, space.scratch)
+        narrow(block.out, target.dtype, raw, space.scratch, split=split)
         self.writer.write(target.name, block.start, raw)
 
     def _copy_equal(self, tensor: TensorEntry, space: Workspace) -> None:
