@@ -18,7 +18,7 @@ def quickstart(out: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any
     from deltaloom.recipe.steps import parse_recipe
     from deltaloom.report.page import write_report
 
-    paths = write_lab(out / "lab", seed)
+    paths = {**write_lab(out / "lab", seed), "features": out / "features"}
     say(f"lab written to {paths['base'].parent}")
     recipe = parse_recipe(lab_recipe(paths, seed), "quickstart", overrides)
     record = run_recipe(recipe, out / "quickstart")

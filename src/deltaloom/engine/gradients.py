@@ -18,7 +18,8 @@ from deltaloom.engine.taps import Rows, Taps
 from deltaloom.engine.train import collate
 
 TOKENS = {"cpu": 2048, "other": 16384}
-"""Padded tokens per batch at most."""
+"""Padded tokens per batch at most. On CPUs 1,024 to 4,096 are alike and 8,192 is a quarter slower
+(measured); the other is ours."""
 FLOATS = 2**24
 """Gradient entries of one parameter, over a batch's rows, at most: 64 MiB in float32."""
 

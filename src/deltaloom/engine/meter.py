@@ -43,9 +43,14 @@ def count_forward(run: Run, model: Any, tokens: int) -> dict[str, float]:
     Returns what was entered: `forward_tokens` and `flops`, ready for `Estimate.cost`. An upper
     bound where logits were made at few positions: the output layer is counted at every token.
     """
-    spent = {"forward_tokens": float(tokens), "flops": 2.0 * matmul_parameters(model) * tokens}
+    spent = forward_cost(model, tokens)
     run.spend(**spent, **_peak(model))
     return spent
+
+
+def forward_cost(model: Any, tokens: int) -> dict[str, float]:
+    """What `count_forward` enters; for workers, which have no ledger."""
+    return {"forward_tokens": float(tokens), "flops": 2.0 * matmul_parameters(model) * tokens}
 
 
 def count_training(

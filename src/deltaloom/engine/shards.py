@@ -10,6 +10,7 @@ threads, which may round differently.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import socket
@@ -23,7 +24,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from deltaloom.core.errors import InputError, WorkError
-from deltaloom.core.run import Workers
+from deltaloom.core.features import Features
+from deltaloom.core.progress import progress
+from deltaloom.core.run import Run, Workers
 
 TRIES = 3
 """Deaths of a worker over one shard before the work is given up (ours)."""
@@ -55,6 +58,22 @@ def run_shards(job: Job, items: Sequence[Hashable], workers: Workers, done: Done
         do = job.open()
         for item in items:
             done(item, do(item))
+
+
+def fill(store: Features, job: Job, run: Run) -> Features:
+    """Do the missing shards of a store; the job gives back what each one cost. Returns the store.
+
+    Costs go to the run's ledger; the progress is named by the store's `about["what"]`.
+    """
+    total, missing = len(store.shards()), store.missing()
+    with progress(store.header["about"]["what"], total, total - len(missing)) as advance:
+
+        def done(_: Any, cost: dict[str, float]) -> None:
+            run.spend(**cost)
+            advance(1)
+
+        run_shards(job, missing, run.workers, done)
+    return store
 
 
 class _Dead(Exception):
@@ -179,7 +198,7 @@ class _Ray(_Crew):
 
     def __init__(self, job: Job, workers: Workers, most: int) -> None:
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError:
             raise InputError('cluster= needs Ray: pip install "deltaloom[ray]"') from None
         self.ray = ray

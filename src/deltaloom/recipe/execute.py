@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,9 @@ def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     if selection.scores is not None:
         values = dict(zip(selection.scores.ids, selection.scores.index["score"], strict=True))
         columns["score"] = values
-        os.replace(selection.scores.folder, run.folder / SCORES)
+        goal = run.folder / SCORES
+        shutil.rmtree(goal, ignore_errors=True)  # an earlier attempt may have got this far
+        os.replace(selection.scores.folder, goal)
     if selection.reasons:
         columns["reason"] = selection.reasons
     selection.chosen.write(run.folder / SELECTED, columns)

@@ -15,11 +15,10 @@ import torch
 
 from deltaloom.core.encoding import Encoded, encode
 from deltaloom.core.features import Features, require_same_space
-from deltaloom.core.progress import progress
 from deltaloom.engine.gradients import sketched
 from deltaloom.engine.meter import training_cost
 from deltaloom.engine.projection import Kind, projection
-from deltaloom.engine.shards import Job, run_shards
+from deltaloom.engine.shards import Job, fill
 from deltaloom.select._warmup import Epoch, load_epoch
 
 if TYPE_CHECKING:
@@ -80,18 +79,6 @@ class Pass(Job):
 
         return shard
 
-    def finish(self, run: Run) -> Features:
-        """Do the missing shards; returns the store."""
-        total, missing = len(self.store.shards()), self.store.missing()
-        with progress(self.store.header["about"]["what"], total, total - len(missing)) as advance:
-
-            def done(number: int, cost: dict[str, float]) -> None:
-                run.spend(**cost)
-                advance(1)
-
-            run_shards(self, missing, run.workers, done)
-        return self.store
-
 
 def gradient_pass(
     sketching: Sketching,
@@ -121,7 +108,7 @@ def gradient_pass(
     store = Features.create(path, data.ids, width, about=about, dtype=dtype)
     rows = sketching.encode(data) if store.missing() else []
     matrix = None if goal is None else goal[1]
-    return Pass(sketching, epoch, store, rows, name == "pool", matrix).finish(run)
+    return fill(store, Pass(sketching, epoch, store, rows, name == "pool", matrix), run)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ state at token i, prompt and response alike; the score of z for target row q is 
 the rows with the largest score for any target row. The score that is stored is that largest one.
 
 Differs: a target row whose most similar row is used takes its next one, where the authors' code
-lets the turn pass; embeddings are kept as float16 unit vectors.
+lets the turn pass.
 
 Not covered: several tasks with equal shares (the largest score within each task, then round robin
 over tasks); another model than the base to embed with.
@@ -16,7 +16,7 @@ over tasks); another model than the base to embed with.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+from typing import TYPE_CHECKING, Annotated, ClassVar, final
 
 from pydantic import Field
 
@@ -27,7 +27,6 @@ from deltaloom.select._picking import Pick, by_pick, chosen_for
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
-    from deltaloom.core.features import Features
     from deltaloom.core.run import Run
 
 
@@ -55,16 +54,17 @@ class Rds(BudgetSelector):
     ) -> Selection:
         """Rows in order of choice; the scores cover the whole pool."""
         from deltaloom.core.features import Features
+        from deltaloom.engine.similarity import unit_rows
+        from deltaloom.select._embedding import embedded
 
         assert target is not None
         assert base is not None
         reach = self.reach(len(pool))
-        model, tokenizer = base.load(), base.tokenizer()
         rows, queries = (
-            self._embedded(name, data, model, tokenizer, base, run)
+            unit_rows(embedded(name, data, base, run, "weighted", self.max_length).matrix())
             for name, data in (("pool", pool), ("target", target))
         )
-        influence = rows.scores(queries.matrix())  # (n, t)
+        influence = rows @ queries.T  # (n, t)
         order, wanted = by_pick(self.pick, influence, reach)
         chosen = self.take(pool, order, run, base)
         scores = Features.from_scores(
@@ -81,44 +81,3 @@ class Rds(BudgetSelector):
             for identity, query in chosen_for(chosen, pool, order, wanted).items()
         }
         return Selection(chosen, scores, reasons)
-
-    def _embedded(
-        self, name: str, data: Examples, model: Any, tokenizer: Any, base: Base, run: Run
-    ) -> Features:
-        """Unit embeddings (n, h), computed shard by missing shard."""
-        import numpy as np
-
-        from deltaloom.core.encoding import encode
-        from deltaloom.core.features import Features
-        from deltaloom.core.progress import progress
-        from deltaloom.engine.embed import embedding_width, embeddings
-        from deltaloom.engine.meter import count_forward
-
-        limit = min(self.max_length, base.max_length)
-        encoded = encode(data, tokenizer, limit)
-        cut = sum(row.truncated for row in encoded)
-        run.note(**{f"{name}_rows_cut": cut})
-        about = {
-            "what": f"{name} embeddings",
-            "base": base.fingerprint(),
-            "pooling": "weighted",
-            "max_length": limit,
-            "data": data.digest(),
-        }
-        store = Features.create(
-            run.work / "embeddings" / name,
-            data.ids,
-            embedding_width(model),
-            about=about,
-            dtype="float16",
-        )
-        shards, missing = store.shards(), store.missing()
-        with progress(about["what"], len(shards), len(shards) - len(missing)) as advance:
-            for number in missing:
-                part = [encoded[i] for i in shards[number]]
-                found = embeddings(model, part, tokenizer.pad_token_id, "weighted")  # (m, h)
-                length = np.linalg.norm(found, axis=1, keepdims=True)
-                store.write_shard(number, found / np.where(length > 0, length, 1))
-                count_forward(run, model, sum(len(row.input_ids) for row in part))
-                advance(1)
-        return store
