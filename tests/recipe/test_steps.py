@@ -130,3 +130,15 @@ def test_the_schema_knows_every_method_and_its_texts():
     ties = next(b for b in bodies if b["properties"]["method"]["const"] == "ties")
     assert ties["properties"]["density"]["default"] == 0.2
     assert all("description" in one or "anyOf" in one for one in ties["properties"].values())
+
+
+def test_who_works_is_no_part_of_what_is_done(tmp_path):
+    values = {"method": "random", "pool": "p.jsonl", "count": 2}
+    alone, many = (
+        parse_step("select", {**values, **more}, "select random")
+        for more in ({}, {"workers": 3, "cluster": "local"})
+    )
+    assert many.step.workers == 3
+    assert alone.record() == many.record()
+    with pytest.raises(InputError, match="unknown key 'workers'"):
+        parse_step("merge", {"method": "average", "deltas": ["a"], "workers": 2}, "merge average")

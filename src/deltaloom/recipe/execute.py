@@ -23,7 +23,7 @@ from deltaloom.core.method import Evaluation, get
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.recipe.card import write_card
-from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, TuneStep
+from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, SelectStep, TuneStep
 
 if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
@@ -97,7 +97,8 @@ def run_step(
         if run.done:
             say(f"{planned.step.name}: already done in {folder}")
             return run.record
-        run.workers = Workers(planned.step.workers, planned.step.cluster)
+        if isinstance(planned.step, SelectStep):
+            run.workers = Workers(planned.step.workers, planned.step.cluster)
         say(f"{planned.step.name}: {planned.step.verb} {planned.step.method} -> {folder}")
         results = DOING[planned.step.verb](planned, inputs, run)
         run.finish(**results)

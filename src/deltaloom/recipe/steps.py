@@ -45,11 +45,6 @@ class Step(Spec):
     dtype, device, trust_remote_code. The recipe's own `base` when left out."""
     seed: int = 0
     """Seed of every random choice. The recipe's own `seed` when left out."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that share the shards of a gradient or feature pass, each with one thread; any
-    number of them gives the same bytes. 0 works in this process. May change between resumptions."""
-    cluster: str | None = None
-    """Address of a Ray cluster to do that on, or `local`; its machines must see the same files."""
 
 
 class SelectStep(Step):
@@ -62,6 +57,11 @@ class SelectStep(Step):
     """Files, folders, dataset ids or earlier select steps to choose from."""
     target: Names | None = None
     """A few rows of what the model should become good at."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that share the shards of a gradient or feature pass, each with one thread; any
+    number of them gives the same bytes. 0 works in this process. May change between resumptions."""
+    cluster: str | None = None
+    """Address of a Ray cluster to do that on, or `local`; its machines must see the same files."""
 
 
 class EvaluateSpec(Spec):
