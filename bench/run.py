@@ -99,8 +99,8 @@ def section(result: dict) -> str:
     """One script's part of the page."""
     used = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if k in ("python", "torch"))
     rows = [
-        f"| {one['name']} | {number(one['value'])} | {one['unit']} | {one['bound'] or 'none'} "
-        f"| {verdict(one)} |"
+        f"| {one['name']} | {number(one['value'])} | {one['unit']} | "
+        f"{'none' if one['bound'] is None else one['bound']} | {verdict(one)} |"
         for one in result["results"]
     ]
     return "\n".join(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.delta import Delta
+    from deltaloom.core.deltas.extraction import extract
     from deltaloom.core.errors import InputError, WorkError
     from deltaloom.core.estimate import Estimate, compare
     from deltaloom.core.examples import Examples
@@ -33,6 +34,7 @@ _HOMES = {
     "Run": "core.run",
     "WorkError": "core.errors",
     "compare": "core.estimate",
+    "extract": "core.deltas.extraction",
     "measure": "recipe.verbs",
     "merge": "recipe.verbs",
     "methods": "core.method",
@@ -54,6 +56,7 @@ __all__ = [
     "Run",
     "WorkError",
     "compare",
+    "extract",
     "measure",
     "merge",
     "methods",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import get, methods
 from deltaloom.core.tensors import TensorEntry
-from deltaloom.merge._stream import Block
+from deltaloom.merge._rule import Block
 from deltaloom.merge.arithmetic import PRESETS, Arithmetic
 
 SHAPES = {"model.embed_tokens.weight": (60, 32), "w.weight": (700, 9), "norm.weight": (17,)}
@@ -125,6 +125,117 @@ def test_trimmed_sums(tmp_path, vote):
         check(got[name], *expected(models, name, [1, 0.5], 1, 0.4, vote), torch.float32)
 
 
+def middle(change, density, gamma):
+    """1 for the elements after the floor(gamma n) largest, as many as density says, else 0."""
+    magnitudes = np.abs(change.ravel()).astype(np.float32)
+    n = magnitudes.size
+    kept = max(1, int(density * n))
+    top = min(int(gamma * n), n - kept)
+    mask = np.zeros(n)
+    mask[np.argsort(-magnitudes, kind="stable")[top : top + kept]] = 1
+    return mask.reshape(change.shape)
+
+
+def masked(models, mask):
+    """The models with their changes times `mask(change)`, float64."""
+    base = {name: tensor.double() for name, tensor in models[0].items()}
+    rest = []
+    for model in models[1:]:
+        changes = {name: model[name].double() - base[name] for name in base}
+        kept = {name: torch.from_numpy(mask(c.numpy())) for name, c in changes.items()}
+        rest.append({name: base[name] + kept[name] * changes[name] for name in base})
+    return [base, *rest]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("density", "gamma"), [(0.9, 0.01), (0.3, 0.2), (0.9, 0.2), (1.0, 0.1)])
+def test_breadcrumbs(tmp_path, dtype, density, gamma):
+    models = random_models(2, dtype)
+    wanted = masked(models, lambda change: middle(change, density, gamma))
+    for preset, vote in (("breadcrumbs", False), ("breadcrumbs_ties", True)):
+        (tmp_path / preset).mkdir()
+        values = {"density": density, "gamma": gamma, "weights": [0.6, 1.0], "block": 300}
+        got = merged(tmp_path / preset, models, get("merge", preset).make(values))
+        for name in SHAPES:
+            check(got[name], *expected(wanted, name, [0.6, 1.0], vote=vote), dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 1.0, 3.0, 1e-30]), min_size=1),
+    density=st.floats(0.01, 1),
+    gamma=st.floats(0, 0.9),
+    block=st.integers(1, 12),
+)
+def test_equal_magnitudes_of_breadcrumbs_count_from_the_lowest_index(values, density, gamma, block):
+    change = np.array(values, np.float32)
+    method = Arithmetic(sparsify="middle", density=density, gamma=gamma)
+    wanted = change * middle(change, density, gamma).astype(np.float32)
+    assert np.array_equal(alone(method, change, block), wanted)
+
+
+def rows_of(method, rows, seed=0, name="w"):
+    """What a rule makes of a matrix (rows, columns) as the change of one model."""
+    entry = TensorEntry(name, "F32", rows.shape, None, 0)
+    tensor = method.rule(1, seed).begin(entry, 1)
+    assert tensor.unit == rows.shape[1]
+    out = np.empty(rows.size, np.float32)
+    tensor.write(Block(0, np.zeros_like(out), rows.reshape(1, -1).copy(), out))
+    return out.reshape(rows.shape)
+
+
+def test_della_keeps_by_rank_in_the_row():
+    """The part kept of every rank is its probability, and the mean is kept by rescaling."""
+    random = np.random.default_rng(0)
+    columns, count, density, eps = 8, 40_000, 0.4, 0.3
+    rows = random.permuted(np.tile(np.arange(1.0, columns + 1), (count, 1)), axis=1)
+    rows = (rows * random.choice([-1, 1], rows.shape)).astype(np.float32)
+    rows *= random.uniform(0.1, 10, (count, 1)).astype(np.float32)  # ranks are of a row
+    ranks = np.abs(rows).argsort(1).argsort(1)
+    chances = density - eps + 2 * eps * np.arange(columns) / (columns - 1)
+    plain = Arithmetic(sparsify="ranked", density=density, epsilon=eps)
+    out = rows_of(plain, rows)
+    assert np.array_equal(out[out != 0], rows[out != 0])
+    kept = np.array([(out[ranks == rank] != 0).mean() for rank in range(columns)])
+    assert (np.abs(kept - chances) < 4 * np.sqrt(chances * (1 - chances) / count)).all()
+    rescaled = rows_of(Arithmetic(sparsify="ranked", rescale=True, density=0.4, epsilon=0.3), rows)
+    np.testing.assert_allclose(rescaled, out / chances[ranks], rtol=1e-6)
+
+
+def test_della_without_epsilon_is_dare():
+    change = np.random.default_rng(1).standard_normal((64, 32)).astype(np.float32)
+    for rescale in (False, True):
+        ranked = Arithmetic(sparsify="ranked", density=0.5, epsilon=0, rescale=rescale)
+        plain = alone(
+            Arithmetic(sparsify="random", density=0.5, rescale=rescale), change.ravel(), 99
+        )
+        assert np.array_equal(rows_of(ranked, change).ravel(), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_della_is_what_its_own_draws_make_of_it(tmp_path, dtype):
+    """With the kept elements read off single sums, the vote and the mean are the oracle's."""
+    models = random_models(2, dtype)
+    for preset, vote in (("della_linear", False), ("della", True)):
+        (tmp_path / preset).mkdir()
+        method = get("merge", preset).make({"density": 0.4, "epsilon": 0.2})
+        paths = write(tmp_path / preset, models)
+        out = method.merge_folders(paths[0], paths[1:], tmp_path / preset / "out", seed=7)
+        got = load_file(out / "model.safetensors")
+        drops = Arithmetic(sparsify="ranked", rescale=True, density=0.4, epsilon=0.2).rule(2, 7)
+        for name, shape in SHAPES.items():
+            base = models[0][name].double()
+            dropped = [{name: base}]
+            for place in range(2):
+                changes = np.zeros((2, base.numel()), np.float32)
+                changes[place] = (models[1 + place][name].float() - models[0][name].float()).ravel()
+                one = np.empty(base.numel(), np.float32)
+                tensor = drops.begin(TensorEntry(name, "F32", shape, None, 0), 2)
+                tensor.write(Block(0, np.zeros_like(one), changes, one))
+                dropped.append({name: base + torch.from_numpy(one).double().reshape(shape)})
+            check(got[name], *expected(dropped, name, [1, 1], vote=vote, normalize=vote), dtype)
+
+
 def test_float64_models(tmp_path):
     models = random_models(2, torch.float64)
     got = merged(tmp_path, models, get("merge", "ties").make({"density": 0.3}))
@@ -235,7 +346,9 @@ def test_dare_is_what_its_own_draws_make_of_it(tmp_path, dtype):
             check(got[name], *expected(dropped, name, [1, 1], vote=vote), dtype)
 
 
-@pytest.mark.parametrize("preset", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize(
+    "preset", [name for name in PRESETS if name not in ("average", "task_arithmetic")]
+)
 def test_all_of_one_model_is_that_model(tmp_path, preset):
     models = random_models(1, torch.bfloat16)
     got = merged(tmp_path, models, get("merge", preset).make({"density": 1.0}))
@@ -276,7 +389,8 @@ def test_the_table_is_the_registry():
         ({}, 0, "nothing to merge: give at least one delta"),
         ({"weights": [1.0]}, 2, "1 weights for 2 deltas; give one for each"),
         ({"weights": [1.0, -1.0], "normalize": True}, 2, "the weights sum to zero"),
-        ({"rescale": True}, 1, "belongs to sparsify=random; set rescale=false"),
+        ({"rescale": True}, 1, "belongs to sparsify=random or ranked; set rescale=false"),
+        ({"sparsify": "ranked", "density": 0.1}, 1, "-/\\+ epsilon = -0.05, 0.25 are no prob"),
         ({"density": 0.0}, 1, "density = 0.0: .*greater than 0"),
         ({"density": 1.5}, 1, "density = 1.5: .*less than or equal to 1"),
         ({"densty": 0.5}, 1, "unknown key 'densty'; did you mean 'density'?"),

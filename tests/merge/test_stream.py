@@ -18,6 +18,7 @@ from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.tensors import INDEX, TensorFolder, TensorWriter
 from deltaloom.merge import _kernels as kernels
 from deltaloom.merge._formats import narrow, widen
+from deltaloom.merge._rule import ElementRule
 from deltaloom.merge._stream import merge_folders
 from deltaloom.merge.arithmetic import Arithmetic
 
@@ -218,10 +219,10 @@ def test_other_refusals(tmp_path, models):
         merge_folders(save(tmp_path / "f8", eight), models[1:], LINEAR, tmp_path / "out")
 
 
-class Failing:
+class Failing(ElementRule):
     """A rule that fails on the tensor it is told to."""
 
-    form, needs_base, ordered, scans = "values", False, True, 0
+    form, needs_base = "values", False
 
     def begin(self, tensor, models):
         if tensor.name.startswith("lm_head"):

@@ -46,7 +46,9 @@ def show(
             "type": _type_name(field.annotation),
             "help": " ".join((field.description or "").split()),
         }
-        for name, field in cls.model_fields.items()
+        for name, field in sorted(
+            cls.model_fields.items(), key=lambda item: item[0] not in cls.__annotations__
+        )  # what the method itself adds comes before what its verb has
     ]
     if json:
         facts = {"verb": entry.verb, "name": entry.name, "paper": entry.paper, "settings": rows}

@@ -82,6 +82,8 @@ class Delta(ABC):
 
     def same_base(self, other: Delta) -> None:
         """Raise InputError unless both deltas are over the same weights."""
+        if self.base == other.base:
+            return
         mine, theirs = self.base.fingerprint(), other.base.fingerprint()
         if mine != theirs:
             raise InputError(
@@ -115,6 +117,7 @@ def load(name: str | Path, base: Base) -> Delta:
     """
     from deltaloom.core.deltas.dense import Dense
     from deltaloom.core.deltas.lowrank import LowRank
+    from deltaloom.core.deltas.sparse import Sparse
 
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
     about = _about(folder)
@@ -126,6 +129,8 @@ def load(name: str | Path, base: Base) -> Delta:
         )
     if (folder / "adapter_config.json").exists():
         return LowRank.load(folder, base)
+    if (folder / "sparse.safetensors").exists():
+        return Sparse.load(folder, base)
     if (folder / "delta.safetensors").exists():
         return Dense.load(folder, base)
     if (folder / "config.json").exists():

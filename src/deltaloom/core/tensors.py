@@ -234,7 +234,8 @@ class TensorFolder(Mapping[str, TensorEntry]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_files"):
+        # When Python ends, modules go before the last objects do.
+        if hasattr(self, "_files") and os is not None:
             self.close()
 
 

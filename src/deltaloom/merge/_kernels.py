@@ -148,6 +148,25 @@ def trim(bits, threshold, equal):
     return equal - here
 
 
+@compiled
+def behead(bits, threshold, equal):
+    """Zero, in place, the float32 `bits` (n,) uint32 whose magnitude bits are above `threshold`.
+
+    The first `equal` elements at the threshold go too; returns how many are still to go, in the
+    next block of the same tensor. A NaN stays, so that it reaches the output.
+    """
+    limit = np.uint32(threshold)
+    infinite = np.uint32(0x7F800000)
+    for i in range(bits.size):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        if magnitude == limit and equal > 0:
+            equal -= 1
+            bits[i] = np.uint32(0)
+        elif magnitude > limit and magnitude <= infinite:
+            bits[i] = np.uint32(0)
+    return equal
+
+
 GROUP = 64
 """Philox blocks drawn together: a group gives 4 * 64 consecutive elements."""
 
@@ -199,6 +218,29 @@ def drop(values, start, key0, key1, limit, scale):
         draws = flat[skip : skip + part.size]
         for i in range(part.size):
             part[i] = part[i] * scale if draws[i] < limit else zero
+        done += part.size
+
+
+@compiled
+def drop_each(values, chances, rescale, start, key0, key1):
+    """values (n,) stay with their own chances (n,) float64, else 0; draws as in `drop`.
+
+    With `rescale` what stays is divided by its chance.
+    """
+    zero = values.dtype.type(0)
+    words = np.empty((4, GROUP), np.uint64)
+    flat = words.reshape(4 * GROUP)
+    done = 0
+    while done < values.size:
+        group, skip = divmod(start + done, 4 * GROUP)
+        draw(group, key0, key1, words)
+        part = values[done : done + min(4 * GROUP - skip, values.size - done)]
+        own = chances[done : done + part.size]
+        draws = flat[skip : skip + part.size]
+        for i in range(part.size):
+            by = own[i] if rescale else 1.0
+            stays = draws[i] < np.uint64(own[i] * 4294967296.0)
+            part[i] = values.dtype.type(part[i] / by) if stays else zero
         done += part.size
 
 

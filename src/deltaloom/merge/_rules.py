@@ -8,41 +8,37 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaloom.merge._stream import Block
+from deltaloom.merge._rule import Block, ElementRule, Form, Rule, TensorRule
 
 if TYPE_CHECKING:
     from deltaloom.core.tensors import TensorEntry
     from deltaloom.merge.arithmetic import Arithmetic
 
 
-class Linear:
+class Linear(ElementRule):
     """A plain weighted sum. Where the base drops out (the factors sum to 1) models are summed, so
     that one model at 1 is exact; elsewhere changes are, so that no change is exactly no change.
     """
 
-    scans = 0
     ordered = False
 
     def __init__(self, factors: list[float]):
         self.factors = factors
         self.needs_base = abs(1.0 - sum(factors)) > 1e-9
-        self.form: Literal["given", "values"] = "given" if self.needs_base else "values"
+        self.form: Form = "given" if self.needs_base else "values"
         self.equal = len(set(factors)) == 1 and factors[0] != 1.0
-
-    def begin(self, tensor: TensorEntry, models: int) -> Linear:
-        """See Rule; nothing is kept between blocks."""
-        return self
 
     def write(self, block: Block) -> None:
         """See TensorRule."""
         if not self.needs_base:
-            self._sum(block.models, self.factors, block.out)
+            self._sum(list(block.models), self.factors, block.out)
             return
-        plus, rest, factors = block.base, [], []
+        plus, factors = block.base, []
+        rest: list[np.ndarray] = []
         for values, factor, change in zip(block.models, self.factors, block.given, strict=True):
             if factor == 1.0 and not change and plus is block.base:
                 plus = values  # its change over the base, and the base, are the model itself
@@ -70,12 +66,8 @@ class Linear:
             out[:] = total
 
 
-class Selective:
+class Selective(Rule):
     """Changes with some elements dropped, and perhaps a vote on signs."""
-
-    form: Literal["changes"] = "changes"
-    needs_base = True
-    ordered = True
 
     def __init__(self, spec: Arithmetic, shares: list[float], seed: int):
         self.spec, self.shares, self.seed = spec, shares, seed
@@ -85,54 +77,51 @@ class Selective:
         return SelectiveTensor(self, tensor, models)
 
 
-class SelectiveTensor:
+class SelectiveTensor(TensorRule):
     """One tensor under `Selective`: thresholds by radix selection, or keys of the draws."""
 
     def __init__(self, rule: Selective, tensor: TensorEntry, models: int):
-        from deltaloom.merge import _kernels
+        from deltaloom.merge import _kernels  # starting the compiler takes half a second
+        from deltaloom.merge._order import OrderStatistics
 
-        self.kernels = _kernels  # starting the compiler takes half a second: only when needed
+        self.kernels = _kernels
         self.spec, self.shares = rule.spec, rule.shares
         kept = max(1, int(self.spec.density * tensor.count))
-        trims = self.spec.sparsify == "magnitude" and kept < tensor.count
-        self.scans = 2 if trims else 0
-        self.counts = [np.zeros(self.kernels.HIGH_BINS, np.int64) for _ in range(models * trims)]
-        self.high = [0] * models
-        self.rank = [kept] * models
-        self.threshold = [0] * models
-        self.equal = [0] * models
+        self.orders: list[OrderStatistics] = []
+        if self.spec.sparsify in ("magnitude", "middle") and kept < tensor.count:
+            gamma = self.spec.gamma if self.spec.sparsify == "middle" else 0.0
+            top = min(int(gamma * tensor.count), tensor.count - kept)
+            ranks = [top + kept, top] if top else [kept]
+            self.orders = [OrderStatistics(ranks) for _ in range(models)]
+            self.scans = 2
+        if self.spec.sparsify == "ranked":
+            self.unit = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.count
         self.keys = [_key(rule.seed, tensor.name, i) for i in range(models)]
 
     def scan(self, number: int, block: Block) -> None:
-        """Scan 0 counts the upper 16 magnitude bits, scan 1 the lower 15 in the bin that matters"""
-        for i, change in enumerate(block.models):
-            bits = change.astype(np.float32, copy=False).view(np.uint32)
-            if number == 0:
-                self.kernels.count_high(bits, self.counts[i])
-            else:
-                self.kernels.count_low(bits, self.high[i], self.counts[i])
+        """See OrderStatistics."""
+        for order, change in zip(self.orders, block.models, strict=True):
+            order.count(number, change.astype(np.float32, copy=False).view(np.uint32))
 
     def scanned(self, number: int) -> None:
-        """Find the bin of the last element that stays, then its exact magnitude."""
-        for i, counts in enumerate(self.counts):
-            found, self.rank[i] = self.kernels.from_top(counts, self.rank[i])
-            if number == 0:
-                self.high[i] = found
-                self.counts[i] = np.zeros(self.kernels.LOW_BINS, np.int64)
-            else:
-                self.threshold[i] = self.high[i] << self.kernels.LOW_BITS | found
-                self.equal[i] = self.rank[i]  # how many of those at the threshold stay
+        """See OrderStatistics."""
+        for order in self.orders:
+            order.counted(number)
 
     def write(self, block: Block) -> None:
         """Drop, then sum."""
         kind = block.out.dtype.type
         for i, change in enumerate(block.models):
-            if self.scans:
+            if self.orders:
                 self._trim(i, change)
             elif self.spec.sparsify == "random":
                 factor = kind(1.0 / self.spec.density if self.spec.rescale else 1.0)
                 limit = np.uint64(round(self.spec.density * 2**32))
                 self.kernels.drop(change, block.start, *self.keys[i], limit, factor)
+            elif self.spec.sparsify == "ranked" and self.spec.density < 1:
+                chances = self._chances(change)
+                drop = self.kernels.drop_each
+                drop(change, chances, self.spec.rescale, block.start, *self.keys[i])
         if self.spec.consensus:
             weights = np.array(self.shares, block.out.dtype)
             vote = partial(self.kernels.elect, block.base, block.models, weights)
@@ -143,9 +132,22 @@ class SelectiveTensor:
 
     def _trim(self, i: int, change: np.ndarray) -> None:
         single = change.astype(np.float32, copy=False)
-        self.equal[i] = self.kernels.trim(single.view(np.uint32), self.threshold[i], self.equal[i])
+        bits, order = single.view(np.uint32), self.orders[i]
+        order.equal[0] = self.kernels.trim(bits, order.bits[0], order.equal[0])
+        if len(order.bits) == 2:
+            order.equal[1] = self.kernels.behead(bits, order.bits[1], order.equal[1])
         if single is not change:
             change[single == 0] = 0
+
+    def _chances(self, change: np.ndarray) -> np.ndarray:
+        """The chance (n,) of every element to stay, rising evenly with its rank in its row."""
+        rows = np.abs(change).reshape(-1, self.unit)  # (rows, columns)
+        order = rows.argsort(axis=1, kind="stable")
+        chances = np.empty(rows.shape)
+        low, high = self.spec.density - self.spec.epsilon, self.spec.density + self.spec.epsilon
+        steps = np.linspace(low, high, self.unit) if self.unit > 1 else [self.spec.density]
+        np.put_along_axis(chances, order, np.broadcast_to(steps, rows.shape), axis=1)
+        return chances.ravel()
 
 
 def _key(seed: int, name: str, model: int) -> tuple[int, int]:

@@ -20,15 +20,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
 
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter, sync_folder
 from deltaloom.merge._formats import FLOATS, can_split, narrow, same_bytes
+from deltaloom.merge._rule import Block, Rule
 from deltaloom.merge._sources import Part, Source, StoredPart, open_source
 
 BLOCK = 1 << 18
@@ -45,67 +45,23 @@ NOT_COPIED = (
 )
 
 
-@dataclass(slots=True)
-class Block:
-    """Flat elements start..start+n of one tensor; a rule may overwrite all but `start`."""
-
-    start: int
-    base: np.ndarray
-    """(n,) values of the base; not filled when the rule does not need them."""
-    models: np.ndarray
-    """(k, n) per source, in order: changes over the base, or values, as the rule's `form` says."""
-    out: np.ndarray
-    """(n,) to be filled by `write`."""
-    given: list[bool] = field(default_factory=list)
-    """Per source whether `models` has a change; for rules that take models as they come."""
-
-
-class TensorRule(Protocol):
-    """A rule at work on one tensor; blocks come in rising order, from one thread."""
-
-    scans: int
-    """Passes over the tensor before the one that writes."""
-
-    def scan(self, number: int, block: Block) -> None:
-        """See one block in scan `number`, counted from 0."""
-        ...
-
-    def scanned(self, number: int) -> None:
-        """Scan `number` has seen the whole tensor."""
-        ...
-
-    def write(self, block: Block) -> None:
-        """Fill `block.out`."""
-        ...
-
-
-class Rule(Protocol):
-    """How one tensor of the base and the same tensor of every source become one."""
-
-    form: Literal["changes", "values", "given"]
-    """What `Block.models` holds: changes over the base, values, or each as its source gives it."""
-    needs_base: bool
-    """Whether `Block.base` is read."""
-    ordered: bool
-    """Whether it matters which element is where; if not, the elements of a block may be permuted,
-    all its arrays alike."""
-
-    def begin(self, tensor: TensorEntry, models: int) -> TensorRule:
-        """Start on one tensor."""
-        ...
-
-
 class Workspace:
     """The buffers of one thread, for `models` sources and blocks of `size` elements."""
 
     def __init__(self, models: int, size: int):
-        self.models, self.size = models, size
+        self.models = models
+        self._grow(size)
+
+    def _grow(self, size: int) -> None:
+        self.size = size
         self.raw = np.empty(8 * size, np.uint8)
         self.scratch = np.empty(4 * size, np.uint8)
         self.floats: dict[np.dtype, np.ndarray] = {}
 
     def block(self, start: int, n: int, dtype: np.dtype) -> Block:
-        """Views for n <= size elements; what they hold is left over."""
+        """Views for n elements; what they hold is left over."""
+        if n > self.size:
+            self._grow(n)
         if dtype not in self.floats:
             self.floats[dtype] = np.empty((self.models + 2) * self.size, dtype)
         flat, k = self.floats[dtype], self.models
@@ -132,39 +88,46 @@ class Merge:
         target = self.writer.entries[name]
         if tensor.dtype not in FLOATS:
             return self._copy_equal(tensor, space)
+        if not tensor.count:
+            return None
         parts = [source.part(tensor) for source in self.sources]
         own = StoredPart(self.base, tensor)
         work = np.dtype(np.float64 if tensor.dtype == "F64" else np.float32)
-        if all(part is None for part in parts):
+        if self.rule.keeps_base and all(part is None for part in parts):
             for block in self._blocks(tensor, space, work):
                 own.fill(block.start, block.out, space.raw)
                 self._put(block, target, space)
             return None
         rule = self.rule.begin(tensor, len(parts))
         for number in range(rule.scans):
-            for block in self._blocks(tensor, space, work):
+            for block in self._blocks(tensor, space, work, rule.unit):
                 self._fill(block, own, parts, space)
                 rule.scan(number, block)
             rule.scanned(number)
         stored = [part.tensor.dtype for part in (own, *parts) if isinstance(part, StoredPart)]
         splits = not self.rule.ordered and len(stored) == 1 + len(parts)
-        for block in self._blocks(tensor, space, work):
+        for block in self._blocks(tensor, space, work, rule.unit):
             split = splits and can_split(block.out.size, [*stored, target.dtype])
             self._fill(block, own, parts, space, split=split)
             rule.write(block)
             self._put(block, target, space, split=split)
         return None
 
-    def _blocks(self, tensor: TensorEntry, space: Workspace, work: np.dtype) -> Iterator[Block]:
-        # cut where the output file has round positions: a page written in two halves costs twice
-        target = self.writer.entries[tensor.name]
-        start, stop = 0, -(target.offset // target.itemsize) % space.size or space.size
+    def _blocks(
+        self, tensor: TensorEntry, space: Workspace, work: np.dtype, unit: int = 1
+    ) -> Iterator[Block]:
+        size = max(self.block // unit, 1) * unit
+        start, stop = 0, size
+        if unit == 1:
+            # cut where the output file has round positions: a page written in halves costs twice
+            target = self.writer.entries[tensor.name]
+            stop = -(target.offset // target.itemsize) % size or size
         while start < tensor.count:
             if self.stop.is_set():
                 raise WorkError("the merge was stopped")
             stop = min(stop, tensor.count)
             yield space.block(start, stop - start, work)
-            start, stop = stop, stop + space.size
+            start, stop = stop, stop + size
 
     def _fill(
         self,

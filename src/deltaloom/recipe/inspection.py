@@ -44,6 +44,12 @@ def _weights(path: Path, is_run: bool) -> dict[str, Any]:
         from deltaloom.core.deltas.lowrank import read_factors
 
         return {"kind": "adapter", "modules": len(read_factors(path))}
+    for stored, kind in (
+        ("delta.safetensors", "dense delta"),
+        ("sparse.safetensors", "sparse delta"),
+    ):
+        if (path / stored).exists():
+            return {"kind": kind, "tensors": len(TensorFolder(path / stored))}
     if (path / "config.json").exists():
         tensors = TensorFolder(path)
         return {"kind": "model", "tensors": len(tensors), "bytes": tensors.nbytes}

@@ -35,6 +35,25 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True)
+class HeldChange:
+    """Changes in memory, float32."""
+
+    tensors: Mapping[str, Tensor]
+
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return sorted(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one."""
+        return tuple(self.tensors[name].shape)
+
+    def to_dense(self, name: str) -> Tensor:
+        """The change as it is held."""
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
 class StoredChange:
     """Changes read from one safetensors file."""
 

@@ -1,0 +1,159 @@
+"""Merges that are weighted sums of the sources, with weights that follow from inner products.
+
+Every point that spherical interpolation, a mean on the sphere or model stock can reach lies in the
+span of the k sources, so k x k inner products decide all: one scan, one write, no tensor in memory.
+Inner products and sums are float64, in an order that does not depend on how a tensor is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from deltaloom.merge._kernels import TILE, compiled
+from deltaloom.merge._rule import Block, Rule, TensorRule
+
+if TYPE_CHECKING:
+    from deltaloom.core.tensors import TensorEntry
+
+LANES = 16
+"""Partial sums side by side: element c of a row goes to lane c % 16, wherever blocks are cut."""
+
+
+@compiled
+def add_inner(x, y, start, columns, lanes, sums):
+    """sums (rows,) = inner products of the rows of x and y, of which flat elements start..start+n
+    are seen here; lanes (16,) float64 carry an unfinished row from block to block.
+    """
+    done = 0
+    while done < x.size:
+        row, column = divmod(start + done, columns)
+        m = min(columns - column, x.size - done)
+        a = x[done : done + m]
+        b = y[done : done + m]
+        head = min(m, -column % LANES)
+        for i in range(head):
+            lanes[(column + i) % LANES] += np.float64(a[i]) * np.float64(b[i])
+        whole = head + (m - head) // LANES * LANES
+        for i in range(head, whole, LANES):
+            for j in range(LANES):
+                lanes[j] += np.float64(a[i + j]) * np.float64(b[i + j])
+        for i in range(whole, m):
+            lanes[(column + i) % LANES] += np.float64(a[i]) * np.float64(b[i])
+        if column + m == columns:
+            total = 0.0
+            for j in range(LANES):
+                total += lanes[j]
+                lanes[j] = 0.0
+            sums[row] = total
+        done += m
+
+
+@compiled
+def combine(base, models, coefficients, start, columns, out):
+    """out (n,) = sum_k coefficients (rows, k) models (k, n), by row, plus base (n,) where it has
+    elements. A source at zero has no part, so that the other comes through to the bit.
+    """
+    total = np.empty(TILE, np.float64)
+    done = 0
+    while done < out.size:
+        row, column = divmod(start + done, columns)
+        m = min(columns - column, out.size - done, TILE)
+        part = total[:m]
+        part[:] = 0.0
+        first = True
+        for k in range(models.shape[0]):
+            factor = coefficients[row, k]
+            values = models[k, done : done + m]
+            if factor != 0.0 and first:
+                first = False
+                for i in range(m):
+                    part[i] = factor * values[i]
+            elif factor != 0.0:
+                for i in range(m):
+                    part[i] += factor * values[i]
+        target = out[done : done + m]
+        if base.size:
+            origin = base[done : done + m]
+            for i in range(m):
+                target[i] = origin[i] + part[i] if part[i] != 0.0 else origin[i]
+        else:
+            for i in range(m):
+                target[i] = part[i]
+        done += m
+
+
+Coefficients = Callable[[np.ndarray, str], np.ndarray]
+"""(rows, k, k) inner products, float64, and the tensor's name -> (rows, k) weights."""
+
+
+class Span(Rule):
+    """Weighted sums of models (`form` "values") or of changes over the base ("changes").
+
+    With `rows` every row (last axis) has inner products and weights of its own; a vector is a row.
+    """
+
+    def __init__(
+        self,
+        coefficients: Coefficients,
+        form: Literal["changes", "values"] = "values",
+        *,
+        rows: bool = False,
+    ):
+        self.coefficients = coefficients
+        self.form = form
+        self.needs_base = form == "changes"
+        self.rows = rows
+
+    def begin(self, tensor: TensorEntry, models: int) -> SpanTensor:
+        """See Rule."""
+        return SpanTensor(self, tensor, models)
+
+
+class SpanTensor(TensorRule):
+    """One tensor under `Span`."""
+
+    scans = 1
+
+    def __init__(self, rule: Span, tensor: TensorEntry, models: int):
+        self.rule, self.name = rule, tensor.name
+        by_row = rule.rows and len(tensor.shape) > 1
+        *_, last = tensor.shape or (1,)
+        self.columns = last if by_row else tensor.count
+        self.gram = np.zeros((tensor.count // self.columns, models, models))
+        self.pairs = [(i, j) for i in range(models) for j in range(i, models)]
+        self.lanes = np.zeros((len(self.pairs), LANES))
+        self.weights = np.zeros((0, models))
+
+    def scan(self, number: int, block: Block) -> None:
+        """Add to the inner products."""
+        for lanes, (i, j) in zip(self.lanes, self.pairs, strict=True):
+            x, y, sums = block.models[i], block.models[j], self.gram[:, i, j]
+            add_inner(x, y, block.start, self.columns, lanes, sums)
+
+    def scanned(self, number: int) -> None:
+        """Find the weights."""
+        for i, j in self.pairs:
+            self.gram[:, j, i] = self.gram[:, i, j]
+        with np.errstate(all="ignore"):  # a NaN among the numbers reaches the whole output
+            self.weights = np.ascontiguousarray(self.rule.coefficients(self.gram, self.name))
+
+    def write(self, block: Block) -> None:
+        """Sum."""
+        base = block.base if self.rule.needs_base else block.base[:0]
+        combine(base, block.models, self.weights, block.start, self.columns, block.out)
+
+
+def between(gram: np.ndarray, t: float, nearly: float) -> np.ndarray:
+    """Weights (rows, 2) at `t` on the arcs between the two vectors of gram (rows, 2, 2).
+
+    Straight lines where |cos| > `nearly`; a vector of length zero counts as at a right angle.
+    """
+    lengths = np.sqrt(gram[:, 0, 0] * gram[:, 1, 1])
+    cosine = np.clip(gram[:, 0, 1] / np.where(lengths == 0, 1, lengths), -1, 1)
+    angle = np.arccos(cosine)
+    weights = np.stack([np.sin((1 - t) * angle), np.sin(t * angle)], 1)
+    weights /= np.sin(angle)[:, None]
+    return np.where(np.abs(cosine)[:, None] > nearly, [1 - t, t], weights)

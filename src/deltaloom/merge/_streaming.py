@@ -1,0 +1,143 @@
+"""What every merger that streams shares: where it reads and writes, how wide and how many at once.
+
+A method adds its settings and `rule`; everything between folders and blocks is here and in
+`_stream.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from deltaloom.core.errors import InputError
+from deltaloom.core.method import Merger, Sizes, Work
+
+if TYPE_CHECKING:
+    from deltaloom.core.base import Base
+    from deltaloom.core.delta import Delta
+    from deltaloom.core.run import Run
+    from deltaloom.merge._rule import Rule
+
+
+class Streaming(Merger):
+    """A merger that is a rule on blocks of tensors. Subclasses are the methods, and final."""
+
+    threads: int | None = Field(None, ge=1)
+    """Threads over tensors; two when not given. The result does not depend on it."""
+    block: int | None = Field(None, ge=256)
+    """Elements handled at a time, the measure of memory; 262,144 when not given (measured). The
+    result does not depend on it."""
+    shard_bytes: int = Field(5_000_000_000, ge=1)
+    """Largest weights file in bytes."""
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    """Type of the merged weights; the base's, tensor by tensor, when not given."""
+
+    @abstractmethod
+    def rule(self, models: int, seed: int = 0) -> Rule:
+        """The rule for `models` sources; raises InputError when the settings do not fit them."""
+
+    def sources(self, base: Path, deltas: list[Path]) -> list[Path]:
+        """What the rule merges, in its order: the deltas, unless the method counts the base in."""
+        return deltas
+
+    def work(self, sizes: Sizes) -> Work:
+        """Blocks of every model at a time, and one model written; no token is run."""
+        from deltaloom.merge._stream import BLOCK
+
+        buffers = 4.0 * (self.block or BLOCK) * (sizes.deltas + 2) * (self.threads or 2)
+        return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
+
+    def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
+        """Write the merged model to `run.folder` and return it as a change over `base`.
+
+        Whole models and adapters are read where they lie; a delta that is only in memory is
+        written to `run.work` first. Raises InputError for no deltas, settings that do not match
+        them, or deltas that do not fit the base.
+        """
+        from deltaloom.core.delta import describe, load
+        from deltaloom.core.progress import progress
+        from deltaloom.core.tensors import TensorFolder
+
+        places = [Path(f"delta-{i}") for i in range(len(deltas))]
+        self.rule(len(self.sources(Path("base"), places)), run.seed)  # before anything is written
+        pairs = zip(deltas, places, strict=True)
+        folders = [_folder(delta, run.work / place) for delta, place in pairs]
+        merged = run.work / "merged"
+        with progress("merge, bytes", TensorFolder(base.folder).nbytes) as advance:
+            if not merged.exists():  # an interrupted run may have got as far as the rename
+                self.merge_folders(base.folder, folders, merged, run.seed, advance)
+        describe(merged, "dense", base)
+        run.publish(merged)
+        return load(run.folder, base)
+
+    def merge_folders(
+        self,
+        base: str | Path,
+        deltas: Sequence[str | Path],
+        out: str | Path,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Path:
+        """Merge local folders `deltas` over the local folder `base` into the new folder `out`.
+
+        `progress` is called with the bytes of each tensor written. Raises as `merge` does.
+        """
+        from deltaloom.merge._stream import BLOCK, merge_folders
+
+        sources = self.sources(Path(base), [Path(delta) for delta in deltas])
+        return merge_folders(
+            base,
+            sources,
+            self.rule(len(sources), seed),
+            out,
+            threads=self.threads,
+            block=self.block or BLOCK,
+            shard_bytes=self.shard_bytes,
+            dtype=self.dtype,
+            progress=progress,
+        )
+
+
+def shares(weights: list[float] | None, models: int, normalize: bool) -> list[float]:
+    """The weights, all 1 when not given, divided by their sum when `normalize`.
+
+    Raises InputError when there are no models, or other weights than models, or their sum is zero.
+    """
+    if models < 1:
+        raise InputError("nothing to merge: give at least one delta")
+    weights = [1.0] * models if weights is None else weights
+    if len(weights) != models:
+        raise InputError(f"{len(weights)} weights for {models} deltas; give one for each")
+    if normalize and abs(sum(weights)) < 1e-8:
+        raise InputError("the weights sum to zero, so they cannot be normalized")
+    total = sum(weights) if normalize else 1.0
+    return [weight / total for weight in weights]
+
+
+def two_ends(base: Path, deltas: list[Path], method: str) -> list[Path]:
+    """The two deltas, or the base and the one; raises InputError for any other number."""
+    if len(deltas) not in (1, 2):
+        raise InputError(
+            f"{method} merges two models: give two deltas, or one to merge with the base; "
+            f"got {len(deltas)}"
+        )
+    return deltas if len(deltas) == 2 else [base, *deltas]
+
+
+def _folder(delta: Delta, scratch: Path) -> Path:
+    """A folder the engine can read: the delta's own, or `scratch` with the delta written to it."""
+    from deltaloom.core.deltas.dense import Dense, ModelChange
+    from deltaloom.core.deltas.lowrank import LowRank
+
+    if isinstance(delta, LowRank) and delta.folder is not None and delta.plain:
+        return delta.folder
+    if isinstance(delta, Dense) and len(delta.terms) == 1:
+        factor, change = delta.terms[0]
+        if factor == 1.0 and isinstance(change, ModelChange):
+            return change.tuned.path
+    (delta if isinstance(delta, Dense) else Dense(delta.base, ((1.0, delta),))).save(scratch)
+    return scratch
