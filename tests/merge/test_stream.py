@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,47 @@ def progress(done):
 rule = Arithmetic(**values).rule(len(sources))
 merge_folders(base, sources, rule, out, threads=1, progress=progress)
 """
+
+
+INTERRUPTED = KILLED.replace(
+    "def progress(done):\n",
+    "seen = []\ndef progress(done):\n    seen.append(done)\n    if len(seen) == 2:\n    ",
+).replace("progress=progress)", "progress=progress, resume=True)")
+
+
+def test_an_interrupted_merge_is_taken_up_where_it_was(tmp_path, models):
+    whole = merge_folders(models[0], models[1:], Arithmetic(**DARE).rule(2), tmp_path / "whole")
+    paths = [str(path) for path in models]
+    arguments = (paths[0], paths[1:], DARE, str(tmp_path / "out"))
+    command = [sys.executable, "-c", INTERRUPTED, *map(json.dumps, arguments)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    part = tmp_path / ".out.part"
+    done = (part / ".merged").read_text().split("\n")[1:-1]
+    assert len(done) == 2
+    rule, begun = Arithmetic(**DARE).rule(2), []
+    begin = rule.begin
+    rule.begin = lambda tensor, k: begun.append(tensor.name) or begin(tensor, k)
+    out = merge_folders(models[0], models[1:], rule, tmp_path / "out", resume=True)
+    assert not set(begun) & {json.loads(name) for name in done}
+    assert len(begun) == len(TensorFolder(out)) - 2
+    assert files_of(out) == files_of(whole)
+    assert not part.exists()
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_after_a_restart_of_the_machine_nothing_is_trusted(tmp_path, models):
+    whole = merge_folders(models[0], models[1:], Arithmetic().rule(2), tmp_path / "whole")
+    part = tmp_path / ".out.part"
+    shutil.copytree(whole, part)
+    names = "".join(json.dumps(name) + "\n" for name in TensorFolder(models[0]))
+    (part / ".merged").write_text("another start\n" + names)
+    weights = part / "model.safetensors"
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    out = merge_folders(models[0], models[1:], Arithmetic().rule(2), tmp_path / "out", resume=True)
+    assert files_of(out) == files_of(whole)
 
 
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path, models):

@@ -258,7 +258,8 @@ class TensorWriter:
     element size and then by name, so the files do not depend on the order of `layout`; a shard
     holds at most `shard_bytes` bytes unless one tensor alone is larger. One shard is
     `model.safetensors`; several get the usual names and an index. `write` is thread safe for
-    ranges that do not overlap. Raises InputError when the disk has too little room.
+    ranges that do not overlap. With `keep`, files of the same layout that are there keep what was
+    written to them. Raises InputError when the disk has too little room.
     """
 
     def __init__(
@@ -268,12 +269,14 @@ class TensorWriter:
         *,
         shard_bytes: int = 5_000_000_000,
         metadata: dict[str, str] | None = None,
+        keep: bool = False,
     ):
         self.folder = Path(folder)
+        self._flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
         shards = _shards(layout, shard_bytes)
         self.nbytes = sum(entry.nbytes for shard in shards for entry in shard)
         room = os.statvfs(self.folder)
-        if room.f_bavail * room.f_frsize < self.nbytes:
+        if not keep and room.f_bavail * room.f_frsize < self.nbytes:
             raise InputError(
                 f"{self.folder} needs {self.nbytes / 1e9:.2f} GB and its disk has "
                 f"{room.f_bavail * room.f_frsize / 1e9:.2f} GB left"
@@ -300,7 +303,7 @@ class TensorWriter:
             position += entry.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        handle = os.open(file, self._flags, 0o644)
         self._files[file] = handle
         os.ftruncate(handle, 8 + len(text) + position)
         os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)

@@ -6,8 +6,9 @@ float64 where the base is, rounded once). A rule that needs a statistic of the w
 scans before the pass that writes: the file is read again, from the page cache, rather than kept.
 
 The result is in a temporary folder beside the output until it is whole and on the disk, then it is
-renamed. What a killed merge left is removed by the next one. No model library is loaded, torch
-neither: a rule in torch can wrap the block's arrays with `torch.from_numpy`.
+renamed. What a killed merge left is taken up by the next one that asks for it, else removed. No
+model library is loaded, torch neither: a rule in torch can wrap the block's arrays with
+`torch.from_numpy`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ BLOCK = 1 << 18
 """Elements per block: a megabyte of float32 per model; smaller ones cost more in calls than they
 gain in cache (measured: 64k, 128k, 256k, 512k and 1M elements)."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+JOURNAL = ".merged"
 NOT_COPIED = (
     "README.md",
     "trainer_state.json",
@@ -81,6 +83,8 @@ class Merge:
     writer: TensorWriter
     block: int
     stop: threading.Event
+    journal: Path
+    """The start of the machine, then the names of the tensors that are written whole, by line."""
 
     def tensor(self, name: str, space: Workspace) -> None:
         """Merge one tensor and write it."""
@@ -189,8 +193,9 @@ class Merge:
                 local.space = Workspace(len(self.sources), self.block)
             try:
                 self.tensor(name, local.space)
-                if progress:
-                    with lock:
+                with lock:
+                    self._note(name)
+                    if progress:
                         progress(self.writer.entries[name].nbytes)
             except BaseException as error:
                 if not self.stop.is_set():
@@ -201,6 +206,10 @@ class Merge:
         first: list[BaseException] = []
         lock = threading.Lock()
         names = sorted(self.base, key=lambda name: (-self.base[name].nbytes, name))
+        done = self._done()
+        if progress and done:
+            progress(sum(self.writer.entries[name].nbytes for name in done))
+        names = [name for name in names if name not in done]
         with ThreadPoolExecutor(threads, "merge") as pool:
             jobs = [pool.submit(one, name) for name in names]
             try:
@@ -211,6 +220,28 @@ class Merge:
             pool.shutdown(wait=True, cancel_futures=bool(first))
         if first:
             raise first[0]
+
+    def _done(self) -> set[str]:
+        """Tensors that an interrupted merge has written whole; starts the journal."""
+        boot = _boot()
+        lines = self.journal.read_text("utf-8").split("\n") if self.journal.exists() else []
+        # What was written reaches the disk with time, unless the machine itself went down.
+        if not boot or lines[:1] != [boot]:
+            self.journal.write_text(boot + "\n", "utf-8")
+            return set()
+        return {json.loads(line) for line in lines[1:-1]}  # the last may be cut short
+
+    def _note(self, name: str) -> None:
+        with open(self.journal, "a", encoding="utf-8") as file:
+            file.write(json.dumps(name) + "\n")
+
+
+def _boot() -> str:
+    """What tells this start of the machine from any other; empty where that is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
 
 
 def merge_folders(
@@ -224,6 +255,7 @@ def merge_folders(
     shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
     progress: Callable[[int], None] | None = None,
+    resume: bool = False,
 ) -> Path:
     """Merge local source folders over a local base folder into the new model folder `out_folder`.
 
@@ -232,7 +264,8 @@ def merge_folders(
     torch name such as "bfloat16") is given for its float tensors; a tensor that no source changes
     is copied. The bytes of a tensor depend neither on `threads` (default: two, fewer on one core)
     nor on `block` (elements) nor on how the inputs are cut into shards. `progress` gets the bytes
-    of each tensor written. Returns `out_folder`.
+    of each tensor written. With `resume`, an interrupted call of the same inputs, rule and settings
+    is taken up: tensors that it wrote whole are not written again. Returns `out_folder`.
 
     Raises InputError for folders that cannot be merged or an output that is already there,
     WorkError when another process writes the same output.
@@ -255,12 +288,14 @@ def merge_folders(
         (name, code if code and entry.dtype in FLOATS else entry.dtype, entry.shape)
         for name, entry in base.items()
     ]
-    with _published(out) as folder:
-        writer = TensorWriter(folder, layout, shard_bytes=shard_bytes)
+    with _published(out, resume) as folder:
+        journal = folder / JOURNAL
+        writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
         try:
             copy_companions(base.path, folder, dtype)
-            job = Merge(base, sources, rule, writer, block, threading.Event())
+            job = Merge(base, sources, rule, writer, block, threading.Event(), journal)
             job.run(threads or min(2, os.cpu_count() or 1), progress)
+            journal.unlink(missing_ok=True)
             writer.finish()
         finally:
             writer.close()
@@ -290,8 +325,11 @@ def copy_companions(source: Path, target: Path, dtype: str | None = None) -> Non
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
-    """A locked, empty temporary folder beside `out` that takes its place when all went well."""
+def _published(out: Path, resume: bool) -> Iterator[Path]:
+    """A locked temporary folder beside `out` that takes its place when all went well.
+
+    It is empty, unless `resume` finds one with a journal; bad input leaves nothing of it.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is already there; remove it or choose another output folder")
     folder = out.with_name(f".{out.name}.part")
@@ -305,14 +343,16 @@ def _published(out: Path) -> Iterator[Path]:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
             raise WorkError(f"{out} is being written by another process; wait for it") from None
-        for left in folder.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not (resume and (folder / JOURNAL).exists()):
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield folder
             os.replace(folder, out)
             sync_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            if not resume or isinstance(error, InputError):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
         os.close(lock)

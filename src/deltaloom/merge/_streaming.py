@@ -69,7 +69,8 @@ class Streaming(Merger):
         merged = run.work / "merged"
         with progress("merge, bytes", TensorFolder(base.folder).nbytes) as advance:
             if not merged.exists():  # an interrupted run may have got as far as the rename
-                self.merge_folders(base.folder, folders, merged, run.seed, advance)
+                # The run is the same recipe on the same inputs, or it would have been refused.
+                self.merge_folders(base.folder, folders, merged, run.seed, advance, resume=True)
         describe(merged, "dense", base)
         run.publish(merged)
         return load(run.folder, base)
@@ -81,10 +82,13 @@ class Streaming(Merger):
         out: str | Path,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
+        *,
+        resume: bool = False,
     ) -> Path:
         """Merge local folders `deltas` over the local folder `base` into the new folder `out`.
 
-        `progress` is called with the bytes of each tensor written. Raises as `merge` does.
+        `progress` is called with the bytes of each tensor written; `resume` takes up what an
+        interrupted call with the same arguments left. Raises as `merge` does.
         """
         from deltaloom.merge._stream import BLOCK, merge_folders
 
@@ -99,6 +103,7 @@ class Streaming(Merger):
             shard_bytes=self.shard_bytes,
             dtype=self.dtype,
             progress=progress,
+            resume=resume,
         )
 
 
