@@ -61,7 +61,7 @@ def quickstart(out: Path, seed: int, quick: bool) -> dict:
     }
     record = json.loads(text)
     # The ledger's time, so that runs resumed from --work tell what they took.
-    return {"estimates": found, "steps": record["steps"], "seconds": record["cost"]["wall_seconds"]}
+    return {"estimates": found, "steps": record["steps"], "seconds": record["cost"]["cpu_seconds"]}
 
 
 def of(runs: list[dict], step: str, label: str, task: str) -> list[Estimate]:
@@ -128,14 +128,14 @@ def merged(runs: list[dict]) -> list[dict]:
 
 
 def duration(runs: list[dict]) -> dict:
-    """Wall time of the slowest quickstart's steps, one thread."""
+    """CPU time of the slowest quickstart's steps, one thread: what others do there is not in it."""
     slowest = max(run["seconds"] for run in runs)
     return {
-        "name": "quickstart, all steps, slowest seed, one thread",
+        "name": "quickstart, all steps, slowest seed",
         "value": slowest,
         "bound": "<= 240",
         "holds": slowest <= 240,
-        "unit": "s",
+        "unit": "CPU s on one thread",
     }
 
 

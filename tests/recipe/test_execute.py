@@ -11,7 +11,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.run import Run
 from deltaloom.recipe import execute
-from deltaloom.recipe.steps import parse_recipe, read_yaml
+from deltaloom.recipe.steps import parse_recipe, parse_step, read_yaml
 from deltaloom.testing import product
 
 
@@ -234,3 +234,21 @@ def test_readme_recipe_shape_parses(tmp_path):
         "  - tune: {method: lora, data: chosen, lr: 1e-4, name: skill}\n"
     )
     assert parse_recipe(read_yaml(path), "r").steps[1].method.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dimension": 64}, {"other": "base"}], ids=["affinity", "cka"]
+)
+def test_workers_measure_the_same(tmp_path, settings):
+    base = tiny.base_in(tmp_path / "base")
+    rows = tiny.rows_in(tmp_path / "rows.jsonl", 30)
+    if "other" in settings:
+        settings = {"other": str(tiny.base_in(tmp_path / "other", seed=1))}
+    found = []
+    for workers in (0, 2):
+        values = {"base": str(base), "tasks": [str(rows)], "workers": workers, **settings}
+        planned = parse_step("measure", {"method": "similarity", **values}, "measure similarity")
+        out = tmp_path / f"out{workers}"
+        execute.run_step(planned, out)
+        found.append((out / "base--rows" / "estimate.json").read_text())
+    assert found[0] == found[1]

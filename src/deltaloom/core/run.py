@@ -19,11 +19,14 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from deltaloom.core.atomic import write_json, write_text
 from deltaloom.core.errors import InputError
 from deltaloom.core.spec import canonical, first_difference
+
+if TYPE_CHECKING:
+    from deltaloom.core.origin import Origin
 
 SCHEMA = 1
 PACKAGES = ("deltaloom", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -54,6 +57,8 @@ class Run:
         self.folder = folder
         """Where outputs go; `part` gives views that write to a folder inside."""
         self.workers = Workers()
+        self.origin: Origin | None = None
+        """What a measured model was loaded from, for workers; None if that is not known."""
         self.record = record
         self._lock = lock
         # Shared with the views that `part` gives, so that no second is counted twice.

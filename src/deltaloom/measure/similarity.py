@@ -36,9 +36,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
-from deltaloom.core.progress import progress
 from deltaloom.core.run import Run
-from deltaloom.measure._differentiable import differentiable
 from deltaloom.measure._items import clusters_of, length_limit, note, require_rows
 
 if TYPE_CHECKING:
@@ -93,7 +91,9 @@ class Similarity(Measurer):
     def _affinity(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
         import numpy as np
 
+        from deltaloom.engine.forward import padding_token
         from deltaloom.measure._affinity import affinities, margin_pseudovalues, unit
+        from deltaloom.measure._sketches import Gradients
 
         names = _tasks(data)
         kinds = sorted(set(names))
@@ -104,7 +104,12 @@ class Similarity(Measurer):
                     "row(s) and needs 3; add rows or leave it out"
                 )
         tasks = np.array([kinds.index(name) for name in names])  # (n,)
-        gradients, cost = self._gradients(model, tokenizer, data, run)
+        encoded = encode(data, tokenizer, length_limit(self.max_length, model))
+        work = Gradients(
+            encoded, padding_token(tokenizer), run.origin,
+            self.parameters, self.r, self.dimension, run.seed,
+        )  # fmt: skip
+        gradients, cost = work.matrix_of(model, data, run)
         rows = unit(gradients)
         gram = rows @ rows.T  # (n, n)
         matrix, low, high = affinities(gram, tasks, run.seed)
@@ -121,51 +126,30 @@ class Similarity(Measurer):
             cost=cost,
         )
 
-    def _gradients(
-        self, model: Any, tokenizer: Any, data: Examples, run: Run
-    ) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """Projected gradients (n, dimension) of the rows' losses, and what they cost."""
-        import numpy as np
-
-        from deltaloom.engine.forward import padding_token
-        from deltaloom.engine.gradients import sketched
-        from deltaloom.engine.meter import count_training
-        from deltaloom.engine.projection import Sparse
-
-        encoded = encode(data, tokenizer, length_limit(self.max_length, model))
-        found = np.zeros((len(encoded), self.dimension), np.float32)
-        with (
-            differentiable(model, self.parameters, self.r, run.seed) as ready,
-            progress("similarity", len(encoded)) as advance,
-        ):
-            passes = sketched(
-                ready.model,
-                encoded,
-                padding_token(tokenizer),
-                Sparse(self.dimension, run.seed),
-                names=ready.names,
-            )
-            for numbers, rows in passes:
-                found[numbers] = rows.cpu().numpy()
-                advance(len(numbers))
-            tokens = sum(len(row.input_ids) for row in encoded)
-            trainable = "adapter" if self.parameters == "lora" else "all"
-            return found, count_training(run, ready.model, tokens, trainable)
-
     def _alignment(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
         import numpy as np
 
         from deltaloom.core.base import Base
-        from deltaloom.engine.forward import device_of
+        from deltaloom.core.origin import Origin
+        from deltaloom.engine.forward import device_of, padding_token
         from deltaloom.measure._cka import cka, cka_pseudovalues
+        from deltaloom.measure._sketches import States
 
         if len(data) < 5:
             raise InputError(
                 f"measure similarity: {data.name} holds {len(data)} row(s) and `other` needs 5"
             )
         other = Base(model=str(self.other), device=str(device_of(model)))
-        pairs = [(model, tokenizer), (other.load(), other.tokenizer())]
-        sides = [self._hidden(one, words, data, run) for one, words in pairs]
+        theirs = Origin(other)
+        pairs = {
+            "measured": (model, tokenizer, run.origin),
+            other.fingerprint(): (*theirs.load(), theirs),
+        }
+        sides = []
+        for whose, (one, words, origin) in pairs.items():
+            rows = encode(data, words, length_limit(self.max_length, one))
+            work = States(rows, padding_token(words), origin, self.pooling)
+            sides.append(work.matrix_of(one, data, whose, run))
         states, costs = zip(*sides, strict=True)
         value = cka(*states)
         if np.isnan(value):
@@ -181,26 +165,6 @@ class Similarity(Measurer):
             clusters=clusters_of(data),
             cost={key: sum(cost[key] for cost in costs) for key in costs[0]},
         )
-
-    def _hidden(
-        self, model: Any, tokenizer: Any, data: Examples, run: Run
-    ) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """Pooled hidden states (n, h), and what they cost."""
-        from deltaloom.engine.embed import embeddings
-        from deltaloom.engine.forward import padding_token
-        from deltaloom.engine.meter import count_forward
-
-        rows = encode(data, tokenizer, length_limit(self.max_length, model))
-        model.eval()
-        with progress("similarity", len(rows)) as advance:
-            found = embeddings(
-                model,
-                rows,
-                padding_token(tokenizer),
-                self.pooling,
-                on_batch=lambda done, _: advance(done),
-            )
-        return found, count_forward(run, model, sum(len(row.input_ids) for row in rows))
 
 
 def _tasks(data: Examples) -> list[str]:

@@ -20,10 +20,11 @@ from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, get
+from deltaloom.core.origin import Origin
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.recipe.card import write_card
-from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, SelectStep, TuneStep
+from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, SharedStep, TuneStep
 
 if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
@@ -97,7 +98,7 @@ def run_step(
         if run.done:
             say(f"{planned.step.name}: already done in {folder}")
             return run.record
-        if isinstance(planned.step, SelectStep):
+        if isinstance(planned.step, SharedStep):
             run.workers = Workers(planned.step.workers, planned.step.cluster)
         say(f"{planned.step.name}: {planned.step.verb} {planned.step.method} -> {folder}")
         results = DOING[planned.step.verb](planned, inputs, run)
@@ -203,9 +204,11 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
         )
     found: dict[tuple[str, str], Estimate] = {}
     for label, name in labels.items():
-        loaded = _Once(lambda name=name: _load(name, inputs))
+        origin = Origin(base, None if name == "base" else inputs.folder(name))
+        loaded = _Once(origin.load)
         for task, data in zip(tasks, inputs.data["tasks"], strict=True):
             part = run.part(f"{label}--{task}")
+            part.origin = origin
             found[label, task] = _estimate(planned, loaded, data, part, f"{label} on {task}")
         run.save()
     return _measured(found, step.compare)
@@ -221,13 +224,6 @@ class _Once:
         if self._value is None:
             self._value = self._load()
         return self._value
-
-
-def _load(name: str, inputs: Inputs) -> tuple[Any, Any]:
-    base = inputs.base
-    assert base is not None
-    model = base.load() if name == "base" else inputs.delta(name).apply(base)
-    return model, base.tokenizer()
 
 
 def _estimate(

@@ -47,7 +47,17 @@ class Step(Spec):
     """Seed of every random choice. The recipe's own `seed` when left out."""
 
 
-class SelectStep(Step):
+class SharedStep(Step):
+    """A step whose gradient and feature passes may be shared among processes."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that share the shards of a gradient or feature pass, each with one thread; any
+    number of them gives the same bytes. 0 works in this process. May change between resumptions."""
+    cluster: str | None = None
+    """Address of a Ray cluster to do that on, or `local`; its machines must see the same files."""
+
+
+class SelectStep(SharedStep):
     """Choose rows of a pool."""
 
     verb = "select"
@@ -57,11 +67,6 @@ class SelectStep(Step):
     """Files, folders, dataset ids or earlier select steps to choose from."""
     target: Names | None = None
     """A few rows of what the model should become good at."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that share the shards of a gradient or feature pass, each with one thread; any
-    number of them gives the same bytes. 0 works in this process. May change between resumptions."""
-    cluster: str | None = None
-    """Address of a Ray cluster to do that on, or `local`; its machines must see the same files."""
 
 
 class EvaluateSpec(Spec):
@@ -102,7 +107,7 @@ class MergeStep(Step):
     """Adapter or model folders, hub ids or earlier tune and merge steps."""
 
 
-class MeasureStep(Step):
+class MeasureStep(SharedStep):
     """Measure the base or deltas of it."""
 
     verb = "measure"
