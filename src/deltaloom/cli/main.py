@@ -18,6 +18,7 @@ import typer
 
 from deltaloom.cli import look
 from deltaloom.cli.arguments import nest, parse_pairs
+from deltaloom.cli.mergekit import mergekit
 from deltaloom.cli.show import emit, fail
 from deltaloom.core.errors import InputError, WorkError
 
@@ -39,6 +40,9 @@ Pairs = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A name from `deltaloom ls`.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+
+RAW = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+"""For commands that read their words themselves."""
 
 
 @app.command()
@@ -123,6 +127,7 @@ app.command("schema")(look.schema)
 app.command("env")(look.env)
 app.command("compare")(look.compare)
 app.command("check")(look.check)
+app.command("mergekit", add_help_option=False, context_settings=RAW)(mergekit)
 
 
 def _one_step(verb: str, method: str, settings: list[str] | None, json: bool) -> None:

@@ -23,6 +23,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -270,12 +271,10 @@ def merge_folders(
     Raises InputError for folders that cannot be merged or an output that is already there,
     WorkError when another process writes the same output.
     """
-    out = Path(out_folder)
     base = TensorFolder(base_folder)
     sources = [open_source(folder) for folder in source_folders]
     if not sources:
         raise InputError("nothing to merge: give at least one model or adapter folder")
-    code = _code(dtype)
     for name, entry in base.items():
         if entry.dtype.startswith("F8"):
             raise InputError(
@@ -284,22 +283,63 @@ def merge_folders(
             )
     for source in sources:
         source.check(base)
-    layout = [
-        (name, code if code and entry.dtype in FLOATS else entry.dtype, entry.shape)
-        for name, entry in base.items()
-    ]
+
+    def dress(folder: Path) -> None:
+        copy_companions(base.path, folder, dtype)
+
+    return write_merge(
+        base,
+        sources,
+        rule,
+        out_folder,
+        dress,
+        threads=threads,
+        block=block,
+        shard_bytes=shard_bytes,
+        dtype=dtype,
+        progress=progress,
+        resume=resume,
+    )
+
+
+def write_merge(
+    base: Any,
+    sources: Sequence[Source],
+    rule: Rule,
+    out_folder: str | Path,
+    dress: Callable[[Path], None],
+    *,
+    threads: int | None,
+    block: int = BLOCK,
+    shard_bytes: int,
+    dtype: str | None,
+    progress: Callable[[int], None] | None,
+    resume: bool = False,
+) -> Path:
+    """As `merge_folders`, of what is opened and checked; `dress` puts all but weights beside them.
+
+    `base` is a TensorFolder or something that reads like one.
+    """
+    out = Path(out_folder)
+    layout = [(name, type_of(entry.dtype, dtype), entry.shape) for name, entry in base.items()]
     with _published(out, resume) as folder:
         journal = folder / JOURNAL
         writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
         try:
-            copy_companions(base.path, folder, dtype)
-            job = Merge(base, sources, rule, writer, block, threading.Event(), journal)
+            dress(folder)
+            job = Merge(base, list(sources), rule, writer, block, threading.Event(), journal)
             job.run(threads or min(2, os.cpu_count() or 1), progress)
             journal.unlink(missing_ok=True)
             writer.finish()
         finally:
             writer.close()
     return out
+
+
+def type_of(stored: str, dtype: str | None) -> str:
+    """The safetensors type that a tensor of type `stored` gets when `dtype` is asked for."""
+    code = _code(dtype)
+    return code if code and stored in FLOATS else stored
 
 
 def _code(dtype: str | None) -> str | None:

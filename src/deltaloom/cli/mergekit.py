@@ -1,0 +1,233 @@
+"""`deltaloom mergekit CONFIG OUT`: mergekit's YAML and the flags of mergekit-yaml, unchanged."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deltaloom.core.errors import InputError
+
+if TYPE_CHECKING:
+    from deltaloom.merge._checked import Checked, Values
+    from deltaloom.merge._config import Files, MergeConfig
+    from deltaloom.merge._mergekit import Job
+
+SWITCHES = {
+    "allow-crimes": "tensors must have equal names and shapes, whatever the architectures",
+    "unsafe-truncate-embeddings": "models must share one vocabulary",
+    "trust-remote-code": "no code of a model is run",
+    "cuda": "the merge streams on the CPU",
+    "low-cpu-memory": "memory does not grow with the models",
+    "lazy-unpickle": "pickles are never read",
+    "read-to-gpu": "the merge streams on the CPU",
+    "multi-gpu": "the merge streams on the CPU",
+    "gpu-rich": "the merge streams on the CPU",
+    "async-write": "tensors are always written as they are merged",
+    "clone-tensors": "a tensor may be used any number of times",
+    "write-model-card": "no card is written; mergekit_config.yml is",
+    "safe-serialization": "the output is always safetensors",
+}
+"""Flags that change nothing here, and why."""
+VALUES = {
+    "transformers-cache": "the hub's own cache is used (HF_HOME)",
+    "lora-merge-cache": "adapters are merged as they stream",
+    "lora-merge-dtype": "adapters are merged in float32",
+    "device": "the merge streams on the CPU",
+    "write-threads": "tensors are always written as they are merged",
+}
+"""The same with a value."""
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "G": 1000**3}
+SHOWN = 40
+"""Groups of tensors that a plan lists."""
+Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG OUT [--dry-run] [FLAG]...")]
+
+
+def mergekit(words: Words = None) -> None:
+    """Merge by a YAML file of mergekit; takes the flags of mergekit-yaml (--help lists them)."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported
+    from deltaloom.core.progress import progress
+    from deltaloom.merge._checked import check
+    from deltaloom.merge._config import read_config, where
+    from deltaloom.merge._mergekit import Job
+
+    options = _parser().parse_args(words or [])
+    configs = read_config(options.config)
+    places = [where(options.config, i, len(configs)) for i in range(len(configs))]
+    checked = [check(one, place) for one, place in zip(configs, places, strict=True)]
+    _say([f"{one.place}: {note}" for one in checked for note in one.notes], quiet=False)
+    _say(_without_effect(options), quiet=options.quiet)
+    if options.dry_run:
+        made: set[str] = set()
+        for one in checked:
+            _show(one, made)
+            made.add(one.config.name or "")
+        return
+    out: Path = options.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        scratch, results = Path(work), {}
+        for i, one in enumerate(checked):
+            last = i == len(checked) - 1
+            target = out if last else scratch / f"document-{i}"
+            (scratch / str(i)).mkdir()
+            job = Job(one, _finder(results), options.random_seed, scratch / str(i))
+            with progress("merge, bytes", job.nbytes) as advance:
+                notes = job.run(
+                    target,
+                    options.num_threads,
+                    options.out_shard_size,
+                    yaml=options.config.read_bytes(),
+                    tokenizer=options.copy_tokenizer,
+                    progress=advance,
+                )
+            _say([f"{one.place}: {note}" for note in notes], quiet=False)
+            results[one.config.name] = target
+    print(f"done: {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deltaloom mergekit",
+        description="Merge by a YAML file of mergekit. Flags of mergekit-yaml that change nothing "
+        "here are accepted.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the new model folder")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, merge nothing")
+    parser.add_argument("--random-seed", type=int, default=0, help="seed of random choices")
+    parser.add_argument("-j", "--num-threads", type=int, help="threads over tensors (two)")
+    parser.add_argument("--out-shard-size", type=_size, default="5B", help="bytes, as 500M or 5B")
+    both = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--copy-tokenizer", action=both, default=True, help="give the output a tokenizer"
+    )
+    parser.add_argument("--quiet", action=both, default=False, help="say less on stderr")
+    parser.add_argument("-v", action="count", help="no effect")
+    for name, reason in SWITCHES.items():
+        parser.add_argument(f"--{name}", action=both, help=f"no effect: {reason}")
+    for name, reason in VALUES.items():
+        parser.add_argument(f"--{name}", help=f"no effect: {reason}")
+    return parser
+
+
+def _size(text: str) -> int:
+    number, unit = text.rstrip("kKmMbBgG"), text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500M or 5B")
+    return size
+
+
+def _without_effect(options: argparse.Namespace) -> list[str]:
+    reasons = {**SWITCHES, **VALUES}
+    # of this one the negation asks for something
+    silent = {name: (None, name == "safe-serialization") for name in reasons}
+    return [
+        f"--{name} has no effect: {reason}"
+        for name, reason in reasons.items()
+        if getattr(options, name.replace("-", "_")) not in silent[name]
+    ]
+
+
+def _say(lines: list[str], *, quiet: bool) -> None:
+    for line in () if quiet else lines:
+        print(f"note: {line}", file=sys.stderr)
+
+
+def _finder(results: dict[str | None, Path]) -> Any:
+    """Files of a model: the result of an earlier document, a folder, or the hub's."""
+    from deltaloom.core.base import Base
+
+    def find(files: Files) -> Path:
+        if files.path in results:
+            return results[files.path]
+        return Base(model=files.path, revision=files.revision).folder
+
+    return find
+
+
+def _at_hand(files: Files) -> Path:
+    """Files that need no download; raises InputError when there are none."""
+    folder = Path(files.path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(files.path, revision=files.revision, local_files_only=True)
+    except Exception:  # whatever the reason, it is not here
+        raise InputError(f"{files} is not at hand") from None
+    return Path(found)
+
+
+def _state(files: Files, made: set[str]) -> str:
+    """Why files cannot be looked at now; empty when they can."""
+    if files.path in made:
+        return "made by an earlier document"
+    try:
+        _at_hand(files)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _show(checked: Checked, made: set[str]) -> None:
+    """Print the plan of one document."""
+    from deltaloom.merge._mergekit import Job
+
+    config = checked.config
+    print(f"{checked.place}: {config.merge_method}, {_form(config)}")
+    missing = False
+    for reference in config.references():
+        asked = [files for files in (reference.model, reference.lora) if files]
+        states = [_state(files, made) for files in asked]
+        missing = missing or any(states)
+        role = "base " if reference == config.base_model else "model"
+        print(f"  {role} {reference}{''.join(f' ({state})' for state in states if state)}")
+    print(f"  type of the output: {checked.dtype or 'that of each tensor'}")
+    if missing:
+        found = {_settings(values): where for where, values in checked.samples()}
+        for text, where in found.items():
+            print(f"    {where if len(found) > 1 else 'all tensors'}: {text}")
+        print("  the YAML is right; tensors and bytes are known once every model is at hand")
+        return
+    _show_job(Job(checked, _at_hand))
+
+
+def _form(config: MergeConfig) -> str:
+    if config.slices:
+        return f"{len(config.slices)} slices"
+    return f"{len(config.models or ())} models" if config.models else "a module"
+
+
+def _show_job(job: Job) -> None:
+    groups: dict[str, list[str]] = {}
+    for name, values in job.values.items():
+        groups.setdefault(_settings(values), []).append(name)
+    print(f"  {len(job.rows)} tensors, {job.nbytes:,} bytes, {len(groups)} groups by settings:")
+    for text, names in list(groups.items())[:SHOWN]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"    {names[0]}{more}: {text}")
+    if len(groups) > SHOWN:
+        print(f"    and {len(groups) - SHOWN} groups more")
+
+
+def _settings(values: Values) -> str:
+    """Settings of a group of tensors in one line."""
+    shared, each = values
+    texts = [_line(shared), *(f"{name} {_line(own)}" for name, own in each if own)]
+    return "; ".join(text for text in texts if text) or "no settings"
+
+
+def _line(settings: dict[str, Any]) -> str:
+    shown = {key: f"{v:.6g}" if isinstance(v, float) else v for key, v in settings.items()}
+    return " ".join(f"{key}={value}" for key, value in shown.items() if key != "int8_mask")

@@ -1,0 +1,202 @@
+"""A merge by mergekit's YAML at work: planned from headers, then streamed.
+
+Settings that differ by tensor and model become one rule per tensor; layers of several models become
+a stack that the engine reads as one folder. Arithmetic is that of our methods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from deltaloom.core.errors import InputError
+from deltaloom.core.tensors import DTYPES
+from deltaloom.merge._checked import Checked
+from deltaloom.merge._config import Files, Reference
+from deltaloom.merge._dialect import ByTensor
+from deltaloom.merge._rule import Rule
+from deltaloom.merge._stack import Opened, Row, Stacked, View, layout
+from deltaloom.merge._stream import copy_companions, type_of, write_merge
+from deltaloom.merge._vocabulary import (
+    check_vocabularies,
+    copy_tokenizer,
+    remove_tokenizer,
+    write_template,
+)
+from deltaloom.merge.passthrough import Passthrough
+
+Find = Callable[[Files], Path]
+
+
+class Job:
+    """One document with its models opened."""
+
+    def __init__(self, checked: Checked, find: Find, seed: int = 0, scratch: Path | None = None):
+        self.checked, self.find, self.scratch = checked, find, scratch
+        self._opened: dict[str, Opened] = {}
+        self.used = {s.model: self.opened(s.model) for part in checked.parts for s in part.sources}
+        leads = [checked.base(part) or part.sources[0].model for part in checked.parts]
+        self.leads = [self.used[lead] for lead in leads]
+        self._check_ranges()
+        self.rows: dict[str, Row] = layout(checked.parts, self.leads, checked.place)
+        self.values = {
+            name: checked.values(row.part, row.names, name, row.t)
+            for name, row in self.rows.items()
+        }
+        rules: dict[str, Rule] = {}
+        self.rules: dict[str, Rule] = {}
+        for name, row in self.rows.items():
+            key = repr(self.values[name])
+            if key not in rules:
+                rules[key] = checked.rule(row.part, self.values[name], seed)
+            self.rules[name] = rules[key]
+        self.sources = [self._place(i) for i in range(len(checked.merged(checked.parts[0])))]
+        for source in self.sources:
+            source.check(self.view)
+
+    def opened(self, reference: Reference) -> Opened:
+        """A model, opened once."""
+        name = str(reference)
+        if name not in self._opened:
+            adapter = self.find(reference.lora) if reference.lora else None
+            self._opened[name] = Opened(name, self.find(reference.model), adapter)
+        return self._opened[name]
+
+    def _check_ranges(self) -> None:
+        for part in self.checked.parts:
+            for source in part.sources:
+                layers = max(self.used[source.model].stacks.values(), default=0)
+                end = source.first + (part.layers or 0)
+                if end > layers:
+                    raise InputError(
+                        f"{self.checked.place}: {source.key}.layer_range = [{source.first}, {end}]:"
+                        f" {source.model} has {layers} layers"
+                    )
+
+    @cached_property
+    def view(self) -> View:
+        """The base, or the first model where there is none: it fixes names, shapes and types."""
+        table = {}
+        for name, row in self.rows.items():
+            base = self.checked.base(row.part) or row.part.sources[0].model
+            (i,) = [i for i, s in enumerate(row.part.sources) if s.model == base]
+            table[name] = (self._as_base(base, name), row.names[i])
+        return View(table)
+
+    def _as_base(self, reference: Reference, name: str) -> Opened:
+        """A base as files: an adapter on it is merged into `scratch` first."""
+        opened = self.used[reference]
+        if opened.adapter is None or not self.rules[name].needs_base or self.scratch is None:
+            return opened
+        key = f"{reference} merged"
+        if key not in self._opened:
+            folder = self.scratch / f"base-{len(self._opened)}"
+            plain = Passthrough.parse({}, "merge passthrough")
+            plain.merge_folders(opened.folder.path, [opened.adapter.path], folder)
+            self._opened[key] = Opened(key, folder, None)
+        return self._opened[key]
+
+    def _place(self, place: int) -> Stacked:
+        table = {}
+        for name, row in self.rows.items():
+            i, source = self.checked.merged(row.part)[place]
+            table[name] = (self.used[source.model], row.names[i])
+        return Stacked(table, whole=self.checked.parts[0].layers is None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's tensors."""
+        dtype = self.checked.dtype
+        entries = self.view.values()
+        return sum(entry.count * DTYPES[type_of(entry.dtype, dtype)][0] for entry in entries)
+
+    def run(
+        self,
+        out: Path,
+        threads: int | None,
+        shard_bytes: int,
+        *,
+        yaml: bytes,
+        tokenizer: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Merge into the new folder `out`, beside a copy of the `yaml`; returns notes for the user.
+
+        Raises as `merge_folders` does.
+        """
+        checked = self.checked
+        donor = self._donor()
+        chosen, notes = self._tokenizer(donor)
+
+        def dress(folder: Path) -> None:
+            copy_companions(donor, folder, checked.dtype)
+            if checked.parts[0].layers is not None:
+                self._count_layers(folder / "config.json")
+            self._dress(folder, chosen, tokenizer=tokenizer)
+            (folder / "mergekit_config.yml").write_bytes(yaml)
+
+        write_merge(
+            self.view,
+            self.sources,
+            ByTensor(self.rules),
+            out,
+            dress,
+            threads=threads,
+            shard_bytes=shard_bytes,
+            dtype=checked.dtype,
+            progress=progress,
+        )
+        return notes
+
+    def _donor(self) -> Path:
+        """The folder whose config and tokenizer the output gets."""
+        first = self.checked.config.references()[0]
+        return self.find(first.model)
+
+    def _tokenizer(self, donor: Path) -> tuple[Path | None, list[str]]:
+        source = self.checked.config.source_of_tokens()
+        if source is None:
+            return None, []
+        chosen = self.find(source.model) if isinstance(source, Reference) else donor
+        folders = [opened.folder.path for opened in self.used.values()]
+        note = check_vocabularies(chosen, folders, str(source), self.checked.place)
+        return chosen, [note] if note else []
+
+    def _dress(self, folder: Path, chosen: Path | None, *, tokenizer: bool) -> None:
+        template = self.checked.config.chat_template
+        if not tokenizer:
+            return remove_tokenizer(folder)
+        if chosen is not None:
+            copy_tokenizer(chosen, folder)
+        if template:
+            names = self.checked.config.references()
+            write_template(template, [self.find(one.model) for one in names], folder)
+        return None
+
+    def _count_layers(self, file: Path) -> None:
+        """Set the number of layers in a stack's config.json."""
+        if not file.is_file():
+            return
+        values = json.loads(file.read_text("utf-8"))
+        text = values.get("text_config", values)
+        total = sum(part.layers or 0 for part in self.checked.parts)
+        keys = [key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text]
+        if not keys:
+            raise InputError(
+                f"{file.name} of {self._donor()} has no num_hidden_layers to set to {total}"
+            )
+        text[keys[0]] = total
+        if isinstance(text.get("layer_types"), list):
+            text["layer_types"] = self._layer_types()
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def _layer_types(self) -> list[str]:
+        kinds: list[str] = []
+        for part, lead in zip(self.checked.parts, self.leads, strict=True):
+            values = json.loads((lead.folder.path / "config.json").read_text("utf-8"))
+            first = next(s.first for s in part.sources if str(s.model) == lead.name)
+            own = values.get("text_config", values).get("layer_types") or []
+            kinds += own[first : first + (part.layers or 0)]
+        return kinds
