@@ -475,21 +475,6 @@ def test_bfloat16_is_rounded_as_torch_does():
         assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
 
 
-def test_split_bfloat16_is_the_same_in_another_order():
-    bits = np.random.default_rng(1).integers(0, 2**32, 20_000, np.uint32)
-    values = bits.view(np.float32)  # many of them NaN
-    order = np.r_[0 : values.size : 2, 1 : values.size : 2]
-    plain, split = np.empty((2, 2 * values.size), np.uint8)
-    scratch = np.empty(4 * values.size, np.uint8)
-    narrow(values, "BF16", plain, scratch)
-    narrow(values[order], "BF16", split, scratch, split=True)
-    assert np.array_equal(plain, split)
-    wide, apart = np.empty((2, values.size), np.float32)
-    widen(plain, "BF16", wide)
-    widen(plain, "BF16", apart, split=True)
-    assert np.array_equal(wide[order].view(np.uint32), apart.view(np.uint32))
-
-
 def test_philox_gives_the_published_numbers():
     words = np.empty((4, 64), np.uint64)
     kernels.draw(0, 0, 0, words)  # Random123, kat_vectors, philox4x32 10, all zero

@@ -64,7 +64,6 @@ class ByTensor(Rule):
         forms: list[Form] = sorted({rule.form for rule in every})
         (self.form,) = forms
         self.needs_base = any(rule.needs_base for rule in every)
-        self.ordered = any(rule.ordered for rule in every)
         self.keeps_base = all(rule.keeps_base for rule in every)
 
     def begin(self, tensor: TensorEntry, models: int) -> TensorRule:

@@ -5,8 +5,6 @@ Numpy alone: for plain sums, starting a compiler would cost more than its faster
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from deltaloom.core.tensors import TensorFolder
@@ -15,26 +13,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 KINDS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
-HIGH = np.uint32(0xFFFF0000)
-
-
-def can_split(n: int, dtypes: Sequence[str]) -> bool:
-    """Whether n numbers of these dtypes may be taken `split`: those at even places, then the odd.
-
-    Two bfloat16 in one word come apart and together in half the passes that order needs.
-    """
-    return n % 2 == 0 and all(dtype == "BF16" for dtype in dtypes)
-
-
-def widen(raw: np.ndarray, dtype: str, out: np.ndarray, *, split: bool = False) -> None:
+def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
     """out (n,) float32 or float64 = the numbers in `raw` (bytes, uint8) of a safetensors dtype."""
     if dtype != "BF16":
         out[:] = raw.view(KINDS[dtype])
-        return
-    if split:
-        words, bits = raw.view(np.uint32), out.view(np.uint32)
-        np.left_shift(words, 16, out=bits[: words.size])
-        np.bitwise_and(words, HIGH, out=bits[words.size :])
         return
     bits = out.view(np.uint32) if out.dtype == np.float32 else np.empty(out.size, np.uint32)
     bits[:] = raw.view(np.uint16)
@@ -43,9 +25,7 @@ def widen(raw: np.ndarray, dtype: str, out: np.ndarray, *, split: bool = False) 
         out[:] = bits.view(np.float32)
 
 
-def narrow(
-    values: np.ndarray, dtype: str, raw: np.ndarray, scratch: np.ndarray, *, split: bool = False
-) -> None:
+def narrow(values: np.ndarray, dtype: str, raw: np.ndarray, scratch: np.ndarray) -> None:
     """raw (bytes, uint8) = values (n,) float32 or float64 to nearest even in a safetensors dtype.
 
     `scratch` is at least 4n bytes, uint8.
@@ -61,19 +41,11 @@ def narrow(
     np.bitwise_and(near, 1, out=near)  # a tie goes to the even neighbour
     np.add(near, 0x7FFF, out=near)
     np.add(near, bits, out=near)
-    if split:
-        even, odd = near[: near.size // 2], near[near.size // 2 :]
-        np.right_shift(even, 16, out=even)
-        np.bitwise_and(odd, HIGH, out=odd)
-        np.bitwise_or(even, odd, out=raw.view(np.uint32))
-    else:
-        np.right_shift(near, 16, out=near)
-        np.copyto(raw.view(np.uint16), near, casting="unsafe")
+    np.right_shift(near, 16, out=near)
+    np.copyto(raw.view(np.uint16), near, casting="unsafe")
     if values.size and np.isnan(values.max()):  # adding could turn a NaN into infinity
-        (lost,) = np.isnan(values).nonzero()
-        half = values.size // 2
-        place = np.where(lost < half, 2 * lost, 2 * (lost - half) + 1) if split else lost
-        raw.view(np.uint16)[place] = (bits[lost] >> 16) | 0x40
+        lost = np.isnan(values)
+        raw.view(np.uint16)[lost] = (bits[lost] >> 16) | 0x40
 
 
 def same_bytes(a: TensorFolder, name: str, b: TensorFolder, other: str) -> bool:

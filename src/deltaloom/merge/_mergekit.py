@@ -16,9 +16,10 @@ from deltaloom.core.tensors import DTYPES
 from deltaloom.merge._checked import Checked
 from deltaloom.merge._config import Files, Reference
 from deltaloom.merge._dialect import ByTensor
+from deltaloom.merge._output import copy_companions
 from deltaloom.merge._rule import Rule
 from deltaloom.merge._stack import Opened, Row, Stacked, View, layout
-from deltaloom.merge._stream import copy_companions, type_of, write_merge
+from deltaloom.merge._stream import type_of, write_merge
 from deltaloom.merge._vocabulary import (
     check_vocabularies,
     copy_tokenizer,

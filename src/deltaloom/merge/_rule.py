@@ -62,9 +62,6 @@ class Rule(ABC):
     """What `Block.models` holds: changes over the base, values, or each as its source gives it."""
     needs_base: bool = True
     """Whether `Block.base` is read."""
-    ordered: bool = True
-    """Whether it matters which element is where; if not, the elements of a block may be permuted,
-    all its arrays alike."""
     keeps_base: bool = True
     """Whether a tensor that no source changes is the base's, and so is copied unseen."""
 

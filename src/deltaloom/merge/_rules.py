@@ -24,8 +24,6 @@ class Linear(ElementRule):
     that one model at 1 is exact; elsewhere changes are, so that no change is exactly no change.
     """
 
-    ordered = False
-
     def __init__(self, factors: list[float]):
         self.factors = factors
         self.needs_base = abs(1.0 - sum(factors)) > 1e-9

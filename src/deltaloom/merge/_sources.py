@@ -83,13 +83,11 @@ class StoredPart:
     tensor: TensorEntry
     gives_change: bool = False
 
-    def fill(
-        self, start: int, out: np.ndarray, scratch: np.ndarray, *, split: bool = False
-    ) -> None:
-        """See Part; `split` as `widen` has it."""
+    def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
+        """See Part."""
         raw = scratch[: out.size * self.tensor.itemsize]
         self.folder.read_into(self.tensor.name, start, raw)
-        widen(raw, self.tensor.dtype, out, split=split)
+        widen(raw, self.tensor.dtype, out)
 
 
 @dataclass(frozen=True)

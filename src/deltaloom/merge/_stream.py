@@ -13,14 +13,11 @@ model library is loaded, torch neither: a rule in torch can wrap the block's arr
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +25,15 @@ from typing import Any
 import numpy as np
 
 from deltaloom.core.errors import InputError, WorkError
-from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter, sync_folder
-from deltaloom.merge._formats import FLOATS, can_split, narrow, same_bytes
+from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter
+from deltaloom.merge._formats import FLOATS, narrow, same_bytes
+from deltaloom.merge._output import JOURNAL, copy_companions, published, start_of_machine
 from deltaloom.merge._rule import Block, Rule
 from deltaloom.merge._sources import Part, Source, StoredPart, open_source
 
 BLOCK = 1 << 18
 """Elements per block: a megabyte of float32 per model; smaller ones cost more in calls than they
 gain in cache (measured: 64k, 128k, 256k, 512k and 1M elements)."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-JOURNAL = ".merged"
-NOT_COPIED = (
-    "README.md",
-    "trainer_state.json",
-    "run.json",
-    "recipe.yaml",
-    "metrics.jsonl",
-    "delta.json",
-)
 
 
 class Workspace:
@@ -109,13 +97,10 @@ class Merge:
                 self._fill(block, own, parts, space)
                 rule.scan(number, block)
             rule.scanned(number)
-        stored = [part.tensor.dtype for part in (own, *parts) if isinstance(part, StoredPart)]
-        splits = not self.rule.ordered and len(stored) == 1 + len(parts)
         for block in self._blocks(tensor, space, work, rule.unit):
-            split = splits and can_split(block.out.size, [*stored, target.dtype])
-            self._fill(block, own, parts, space, split=split)
+            self._fill(block, own, parts, space)
             rule.write(block)
-            self._put(block, target, space, split=split)
+            self._put(block, target, space)
         return None
 
     def _blocks(
@@ -135,38 +120,27 @@ class Merge:
             start, stop = stop, stop + size
 
     def _fill(
-        self,
-        block: Block,
-        own: StoredPart,
-        parts: list[Part | None],
-        space: Workspace,
-        *,
-        split: bool = False,
+        self, block: Block, own: StoredPart, parts: list[Part | None], space: Workspace
     ) -> None:
         form = self.rule.form
         changes = form == "changes"
         mixed = form != "given" and any(p is None or p.gives_change != changes for p in parts)
         if self.rule.needs_base or mixed:
-            own.fill(block.start, block.base, space.raw, split=split)
+            own.fill(block.start, block.base, space.raw)
         block.given = [part is None or part.gives_change for part in parts]
         for out, part in zip(block.models, parts, strict=True):
             if part is None:
                 out[:] = block.base if form == "values" else 0
                 continue
-            if isinstance(part, StoredPart):
-                part.fill(block.start, out, space.raw, split=split)
-            else:
-                part.fill(block.start, out, space.raw)
+            part.fill(block.start, out, space.raw)
             if changes and not part.gives_change:
                 np.subtract(out, block.base, out=out)
             elif part.gives_change and form == "values":
                 out += block.base
 
-    def _put(
-        self, block: Block, target: TensorEntry, space: Workspace, *, split: bool = False
-    ) -> None:
+    def _put(self, block: Block, target: TensorEntry, space: Workspace) -> None:
         raw = space.raw[: block.out.size * target.itemsize]
-        narrow(block.out, target.dtype, raw, space.scratch, split=split)
+        narrow(block.out, target.dtype, raw, space.scratch)
         self.writer.write(target.name, block.start, raw)
 
     def _copy_equal(self, tensor: TensorEntry, space: Workspace) -> None:
@@ -224,7 +198,7 @@ class Merge:
 
     def _done(self) -> set[str]:
         """Tensors that an interrupted merge has written whole; starts the journal."""
-        boot = _boot()
+        boot = start_of_machine()
         lines = self.journal.read_text("utf-8").split("\n") if self.journal.exists() else []
         # What was written reaches the disk with time, unless the machine itself went down.
         if not boot or lines[:1] != [boot]:
@@ -235,14 +209,6 @@ class Merge:
     def _note(self, name: str) -> None:
         with open(self.journal, "a", encoding="utf-8") as file:
             file.write(json.dumps(name) + "\n")
-
-
-def _boot() -> str:
-    """What tells this start of the machine from any other; empty where that is not known."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return ""
 
 
 def merge_folders(
@@ -322,7 +288,7 @@ def write_merge(
     """
     out = Path(out_folder)
     layout = [(name, type_of(entry.dtype, dtype), entry.shape) for name, entry in base.items()]
-    with _published(out, resume) as folder:
+    with published(out, resume) as folder:
         journal = folder / JOURNAL
         writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
         try:
@@ -349,50 +315,3 @@ def _code(dtype: str | None) -> str | None:
     if dtype not in codes:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(codes)}")
     return codes[dtype]
-
-
-def copy_companions(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Copy what makes weights a model (config, tokenizer, templates, code), never weights."""
-    for file in sorted(source.iterdir()):
-        weights = file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
-        if file.is_file() and not weights and file.name[0] != "." and file.name not in NOT_COPIED:
-            shutil.copyfile(file, target / file.name)
-    config = target / "config.json"
-    if dtype and config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values = {key: value for key, value in values.items() if key != "torch_dtype"}
-        config.write_text(json.dumps({**values, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _published(out: Path, resume: bool) -> Iterator[Path]:
-    """A locked temporary folder beside `out` that takes its place when all went well.
-
-    It is empty, unless `resume` finds one with a journal; bad input leaves nothing of it.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is already there; remove it or choose another output folder")
-    folder = out.with_name(f".{out.name}.part")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            # the lock dies with its process, so a killed merge does not block the next one
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(folder).st_ino != os.fstat(lock).st_ino:
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise WorkError(f"{out} is being written by another process; wait for it") from None
-        if not (resume and (folder / JOURNAL).exists()):
-            for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield folder
-            os.replace(folder, out)
-            sync_folder(out.parent)
-        except BaseException as error:
-            if not resume or isinstance(error, InputError):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)

@@ -43,7 +43,6 @@ class NearSwapRule(ElementRule):
 
     form = "values"
     needs_base = False
-    ordered = False
 
     def __init__(self, t: float):
         self.t = t

@@ -46,7 +46,6 @@ class PassthroughRule(ElementRule):
 
     form = "values"
     needs_base = False
-    ordered = False
 
     def __init__(self, scale: float):
         self.scale = scale
