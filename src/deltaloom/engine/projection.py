@@ -129,7 +129,7 @@ class Dense(Projection):
 class Kronecker(Projection):
     """A (p, m) and a (q, n) sign matrix from both sides of every (m, n) gradient, p q = dim.
 
-    Source: LoGra (Choe et al. 2024, arXiv 2405.13954, section 3.1), here summed over the modules
+    Source: LoGra (Choe et al. 2024, arXiv 2405.13954), here summed over the modules
     into one image. Never forms the gradient: for full matrices of large models, and without
     preconditioning. On LoRA's thin factors it loses far more than `Sparse`; parameters that are
     no matrices go through `Sparse`.

@@ -53,7 +53,7 @@ class Less(BudgetSelector):
 
     proxy: BaseField | None = None
     """Model whose gradients are used instead of the base's: a small model of the same family
-    selects for a large one at its own price (LESS-T, section 4.3)."""
+    selects for a large one at its own price (the paper's LESS-T)."""
     warmup_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Random share of the pool that the warm-up run sees (LESS: 0.05)."""
     warmup: Lora = Lora(**AUTHORS)
@@ -61,7 +61,7 @@ class Less(BudgetSelector):
     dropout 0.1, lr 2e-5, 4 epochs, batch 128). Keys given replace these one by one."""
     checkpoints: Literal["all", "last"] = "all"
     """Epochs whose gradients count: all as published, or the last alone, at a part of the cost
-    (the authors' ablation, table 6)."""
+    (ours)."""
     projection: Literal["sparse", "rademacher", "gaussian"] = "sparse"
     """Random projection of the gradients: sparse costs O(D), rademacher is the authors'."""
     dimension: Annotated[int, Field(ge=1)] = 4096
