@@ -125,7 +125,11 @@ def run(method: Entry, out: Path, **settings: Any) -> None:
     from deltaloom.recipe.execute import run_step
     from deltaloom.recipe.steps import parse_step
 
-    values = {**inputs(method.verb), "method": method.name, "name": "step", **settings}
+    given = inputs(method.verb)
+    if method.verb == "merge":
+        looked_at = method.load().needs | method.load().uses
+        given = {key: value for key, value in given.items() if key in ("base", *looked_at)}
+    values = {**given, "method": method.name, "name": "step", **settings}
     run_step(parse_step(method.verb, values, method.name), out)
 
 
@@ -149,7 +153,8 @@ def inputs(verb: str) -> dict[str, Any]:
     if verb == "tune":
         return {**base, "data": str(home / "pool.jsonl")}
     if verb == "merge":
-        return {**base, "deltas": [str(home / "one"), str(home / "two")]}
+        data = [str(home / "pool.jsonl"), str(home / "target.jsonl")]
+        return {**base, "deltas": [str(home / "one"), str(home / "two")], "data": data}
     return {**base, "tasks": str(home / "test.jsonl")}
 
 

@@ -22,6 +22,8 @@ from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.spec import Spec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deltaloom.core.base import Base
     from deltaloom.core.delta import Delta
     from deltaloom.core.estimate import Estimate
@@ -76,6 +78,8 @@ class Method(Spec):
     verb: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Inputs of the verb that this method cannot do without."""
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """Inputs that it can do without; a merge step refuses inputs that its method never looks at."""
 
     @abstractmethod
     def work(self, sizes: Sizes) -> Work:
@@ -122,13 +126,16 @@ class Tuner(Method):
 
 
 class Merger(Method):
-    """Merges deltas of one base."""
+    """Merges deltas of one base; some do it with data, some make the deltas themselves."""
 
     verb = "merge"
+    needs = frozenset({"deltas"})
 
     @abstractmethod
-    def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
-        """Merge; the result is written to `run.folder`."""
+    def merge(
+        self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
+    ) -> Delta:
+        """Merge; the result is written to `run.folder`. `data` has one Examples per name given."""
 
 
 class Measurer(Method):

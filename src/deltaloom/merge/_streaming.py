@@ -19,6 +19,7 @@ from deltaloom.core.method import Merger, Sizes, Work
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.delta import Delta
+    from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
     from deltaloom.merge._rule import Rule
 
@@ -51,7 +52,9 @@ class Streaming(Merger):
         buffers = 4.0 * (self.block or BLOCK) * (sizes.deltas + 2) * (self.threads or 2)
         return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
 
-    def merge(self, base: Base, deltas: list[Delta], run: Run) -> Delta:
+    def merge(
+        self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
+    ) -> Delta:
         """Write the merged model to `run.folder` and return it as a change over `base`.
 
         Whole models and adapters are read where they lie; a delta that is only in memory is

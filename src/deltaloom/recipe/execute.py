@@ -24,7 +24,7 @@ from deltaloom.core.origin import Origin
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.recipe.card import write_card
-from deltaloom.recipe.steps import MeasureStep, Planned, Recipe, SharedStep, TuneStep
+from deltaloom.recipe.steps import MeasureStep, MergeStep, Planned, Recipe, SharedStep, TuneStep
 
 if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
@@ -41,7 +41,7 @@ class Inputs:
         self.hashes: dict[str, str] = {}
         self.base = self._base()
         self.data = {key: self._examples(key) for key in self.step.data_keys}
-        for name in getattr(self.step, "deltas", []):
+        for name in getattr(self.step, "deltas", None) or ():
             if name != "base":
                 self.hashes[f"delta {name}"] = Base(model=self.folder(name)).fingerprint()
 
@@ -179,8 +179,9 @@ def _evaluation(step: TuneStep, inputs: Inputs) -> Evaluation | None:
 
 def _merge(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     assert inputs.base is not None
-    names = planned.step.deltas
-    delta = planned.method.merge(inputs.base, [inputs.delta(name) for name in names], run)
+    assert isinstance(planned.step, MergeStep)
+    deltas = [inputs.delta(name) for name in planned.step.deltas or ()]
+    delta = planned.method.merge(inputs.base, deltas, run, data=inputs.data["data"])
     about = {"base": inputs.base.model, "fingerprint": inputs.base.fingerprint()}
     write_card(run.folder, planned.record(), about)
     return {"delta": delta.kind, "about": about}

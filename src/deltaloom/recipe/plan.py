@@ -97,7 +97,7 @@ def _sizes(
         rows=first[0],
         row_tokens=first[1],
         target_rows=counts.get("target", (0, 0.0))[0],
-        deltas=len(getattr(step, "deltas", [])),
+        deltas=len(getattr(step, "deltas", None) or ()),
         **shape,
     )
 

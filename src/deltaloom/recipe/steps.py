@@ -102,9 +102,13 @@ class MergeStep(Step):
     """Merge deltas of one base."""
 
     verb = "merge"
+    data_keys = ("data",)
 
-    deltas: Names
+    deltas: Names | None = None
     """Adapter or model folders, hub ids or earlier tune and merge steps."""
+    data: Names | None = None
+    """Files, folders, dataset ids or earlier select steps, for methods that merge with data: one
+    for each delta in their order, or what the method's own page says."""
 
 
 class MeasureStep(SharedStep):
@@ -182,9 +186,17 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
     missing = [key for key in sorted(method.needs) if getattr(step, key, None) is None]
     if missing:
         raise InputError(f"{where}: {entry.name} needs {missing[0]}={_help(cls, missing[0])}")
+    if verb == "merge":
+        _refuse_unused(step, method, f"{where}: {entry.name}")
     if verb != "select" and step.base is None:
         raise InputError(f"{where}: base= is missing{_help(cls, 'base')}")
     return Planned(_absolute(step), method)
+
+
+def _refuse_unused(step: Step, method: Method, where: str) -> None:
+    for key in ("deltas", "data"):
+        if getattr(step, key) is not None and key not in method.needs | method.uses:
+            raise InputError(f"{where} makes no use of {key}=; leave it out")
 
 
 def parse_recipe(content: Any, where: str, overrides: dict[str, Any] | None = None) -> Recipe:
