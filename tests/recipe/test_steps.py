@@ -147,6 +147,6 @@ def test_who_works_is_no_part_of_what_is_done(tmp_path):
 def test_a_merge_without_its_inputs_or_with_one_it_never_reads_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"average needs deltas=.*Adapter or model folders"):
         parse_step("merge", {"method": "average", "base": str(tmp_path)}, "recipe")
+    values = {"method": "average", "base": str(tmp_path), "deltas": ["a"], "data": ["d.jsonl"]}
     with pytest.raises(InputError, match="average makes no use of data=; leave it out"):
-        values = {"method": "average", "base": str(tmp_path), "deltas": ["a"], "data": ["d.jsonl"]}
         parse_step("merge", values, "recipe")

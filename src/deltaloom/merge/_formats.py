@@ -1,7 +1,4 @@
-"""Number formats of weights on disk: to and from the floats that are merged, and compared.
-
-Numpy alone: for plain sums, starting a compiler would cost more than its faster loops give back.
-"""
+"""Number formats of weights on disk: to and from the floats that are merged, and compared."""
 
 from __future__ import annotations
 
@@ -25,27 +22,17 @@ def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
         out[:] = bits.view(np.float32)
 
 
-def narrow(values: np.ndarray, dtype: str, raw: np.ndarray, scratch: np.ndarray) -> None:
-    """raw (bytes, uint8) = values (n,) float32 or float64 to nearest even in a safetensors dtype.
-
-    `scratch` is at least 4n bytes, uint8.
-    """
+def narrow(values: np.ndarray, dtype: str, raw: np.ndarray) -> None:
+    """raw (bytes, uint8) = values (n,) float32 or float64 to nearest even in a safetensors dtype"""
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # too large for float16 becomes infinity, as in torch
             raw.view(KINDS[dtype])[:] = values
         return
+    from deltaloom.merge import _native
+
     with np.errstate(over="ignore"):
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    near = scratch[: 4 * bits.size].view(np.uint32)
-    np.right_shift(bits, 16, out=near)
-    np.bitwise_and(near, 1, out=near)  # a tie goes to the even neighbour
-    np.add(near, 0x7FFF, out=near)
-    np.add(near, bits, out=near)
-    np.right_shift(near, 16, out=near)
-    np.copyto(raw.view(np.uint16), near, casting="unsafe")
-    if values.size and np.isnan(values.max()):  # adding could turn a NaN into infinity
-        lost = np.isnan(values)
-        raw.view(np.uint16)[lost] = (bits[lost] >> 16) | 0x40
+        single = np.ascontiguousarray(values, np.float32)
+    _native.narrow(single, raw.view(np.uint16))
 
 
 def same_bytes(a: TensorFolder, name: str, b: TensorFolder, other: str) -> bool:

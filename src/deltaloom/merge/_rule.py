@@ -41,6 +41,8 @@ class TensorRule(ABC):
     unit: int = 1
     """Elements that no cut may part: every block is a whole multiple of it (a row's length, or the
     tensor's); memory is then at least one unit of the base and of every source."""
+    takes_bits: bool = False
+    """Whether `write_bits` can do the work where all is stored as bfloat16."""
 
     def scan(self, number: int, block: Block) -> None:
         """See one block in scan `number`, counted from 0."""
@@ -53,6 +55,10 @@ class TensorRule(ABC):
     @abstractmethod
     def write(self, block: Block) -> None:
         """Fill `block.out`."""
+
+    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> None:
+        """Fill out (n,) from base (n,), if it is needed, and models (k, n): bfloat16 as uint16."""
+        raise NotImplementedError
 
 
 class Rule(ABC):

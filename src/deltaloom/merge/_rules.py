@@ -6,7 +6,6 @@ Apart from the settings, so that reading those loads no numerics.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,44 +23,29 @@ class Linear(ElementRule):
     that one model at 1 is exact; elsewhere changes are, so that no change is exactly no change.
     """
 
+    takes_bits = True
+
     def __init__(self, factors: list[float]):
-        self.factors = factors
         self.needs_base = abs(1.0 - sum(factors)) > 1e-9
         self.form: Form = "given" if self.needs_base else "values"
-        self.equal = len(set(factors)) == 1 and factors[0] != 1.0
+        equal = len(set(factors)) == 1  # one product for all: as most merges weigh, and nearer
+        self.each = [1.0] * len(factors) if equal else factors
+        self.common = factors[0] if equal else 1.0
 
     def write(self, block: Block) -> None:
         """See TensorRule."""
-        if not self.needs_base:
-            self._sum(list(block.models), self.factors, block.out)
-            return
-        plus, factors = block.base, []
-        rest: list[np.ndarray] = []
-        for values, factor, change in zip(block.models, self.factors, block.given, strict=True):
-            if factor == 1.0 and not change and plus is block.base:
-                plus = values  # its change over the base, and the base, are the model itself
-                continue
-            rest.append(values if change else np.subtract(values, block.base, out=values))
-            factors.append(factor)
-        if rest:
-            self._sum(rest, factors, block.out)
-            np.add(plus, block.out, out=block.out)  # last, because changes are small beside it
-        else:
-            block.out[:] = plus
+        from deltaloom.merge._native import add_models
 
-    def _sum(self, arrays: Sequence[np.ndarray], factors: list[float], out: np.ndarray) -> None:
-        """out = the weighted sum of `arrays`, which are overwritten."""
-        one_by_one = [1.0] * len(factors) if self.equal else factors
-        for values, factor in zip(arrays, one_by_one, strict=True):
-            if factor != 1.0:
-                np.multiply(values, values.dtype.type(factor), out=values)
-        total = arrays[0]
-        for values in arrays[1:]:
-            total = np.add(total, values, out=out)
-        if self.equal:  # one pass for all, most merges weigh alike
-            total = np.multiply(total, total.dtype.type(factors[0]), out=out)
-        if total is not out:
-            out[:] = total
+        # where the base drops out nothing is taken off the models either
+        given = block.given if self.needs_base else [True] * len(block.models)
+        plus = block.base if self.needs_base else None
+        add_models(plus, block.base, block.models, given, self.each, self.common, block.out)
+
+    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> None:
+        """See TensorRule."""
+        from deltaloom.merge._native import add_bfloat16
+
+        add_bfloat16(base if self.needs_base else None, models, self.each, self.common, out)
 
 
 class Selective(Rule):

@@ -86,8 +86,12 @@ class StoredPart:
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
         raw = scratch[: out.size * self.tensor.itemsize]
-        self.folder.read_into(self.tensor.name, start, raw)
+        self.read(start, raw)
         widen(raw, self.tensor.dtype, out)
+
+    def read(self, start: int, raw: np.ndarray) -> None:
+        """raw = the tensor's own bytes from flat element `start` on."""
+        self.folder.read_into(self.tensor.name, start, raw)
 
 
 @dataclass(frozen=True)

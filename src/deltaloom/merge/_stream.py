@@ -28,7 +28,7 @@ from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter
 from deltaloom.merge._formats import FLOATS, narrow, same_bytes
 from deltaloom.merge._output import JOURNAL, copy_companions, published, start_of_machine
-from deltaloom.merge._rule import Block, Rule
+from deltaloom.merge._rule import Block, Rule, TensorRule
 from deltaloom.merge._sources import Part, Source, StoredPart, open_source
 
 BLOCK = 1 << 18
@@ -46,7 +46,6 @@ class Workspace:
     def _grow(self, size: int) -> None:
         self.size = size
         self.raw = np.empty(8 * size, np.uint8)
-        self.scratch = np.empty(4 * size, np.uint8)
         self.floats: dict[np.dtype, np.ndarray] = {}
 
     def block(self, start: int, n: int, dtype: np.dtype) -> Block:
@@ -92,6 +91,10 @@ class Merge:
                 self._put(block, target, space)
             return None
         rule = self.rule.begin(tensor, len(parts))
+        stored = [part for part in parts if isinstance(part, StoredPart) and not part.gives_change]
+        kinds = {tensor.dtype, target.dtype, *(part.tensor.dtype for part in stored)}
+        if rule.takes_bits and len(stored) == len(parts) and kinds == {"BF16"}:
+            return self._write_bits(rule, own, stored, target, space)
         for number in range(rule.scans):
             for block in self._blocks(tensor, space, work, rule.unit):
                 self._fill(block, own, parts, space)
@@ -102,6 +105,26 @@ class Merge:
             rule.write(block)
             self._put(block, target, space)
         return None
+
+    def _write_bits(
+        self,
+        rule: TensorRule,
+        own: StoredPart,
+        parts: list[StoredPart],
+        target: TensorEntry,
+        space: Workspace,
+    ) -> None:
+        """The pass that writes, on the numbers as they are stored."""
+        for block in self._blocks(own.tensor, space, np.dtype(np.float32)):
+            k, n = block.models.shape
+            base, out = space.raw.view(np.uint16)[: 2 * n].reshape(2, n)
+            models = block.models.ravel().view(np.uint16)[: k * n].reshape(k, n)
+            if self.rule.needs_base:
+                own.read(block.start, base)
+            for part, bits in zip(parts, models, strict=True):
+                part.read(block.start, bits)
+            rule.write_bits(base, models, out)
+            self.writer.write(target.name, block.start, out)
 
     def _blocks(
         self, tensor: TensorEntry, space: Workspace, work: np.dtype, unit: int = 1
@@ -140,7 +163,7 @@ class Merge:
 
     def _put(self, block: Block, target: TensorEntry, space: Workspace) -> None:
         raw = space.raw[: block.out.size * target.itemsize]
-        narrow(block.out, target.dtype, raw, space.scratch)
+        narrow(block.out, target.dtype, raw)
         self.writer.write(target.name, block.start, raw)
 
     def _copy_equal(self, tensor: TensorEntry, space: Workspace) -> None:

@@ -1,0 +1,157 @@
+"""The loops of plain merges, compiled by numba when `_native.py` asks for them.
+
+They take addresses and keep a fixed order of operations per element, so that results do not depend
+on how a tensor is cut into blocks.
+"""
+
+from __future__ import annotations
+
+from numba import carray, njit, types, uint32
+
+TILE = 1024
+"""Elements per inner loop: a few rows of this length stay in the first-level cache."""
+
+
+@njit(inline="always")
+def _narrow(bits, out):
+    for i in range(out.size):
+        x = bits[i]
+        high = x >> uint32(16)
+        # cut to 32 bits each time: numba would go on in 64
+        near = uint32(uint32(x + uint32(0x7FFF)) + uint32(high & uint32(1))) >> uint32(16)
+        # rounding up could turn a NaN into infinity
+        is_nan = (x & uint32(0x7FFFFFFF)) > uint32(0x7F800000)
+        out[i] = high | uint32(0x40) if is_nan else near
+
+
+@njit(inline="always")
+def _widen(raw, bits):
+    for i in range(raw.size):
+        bits[i] = uint32(raw[i]) << uint32(16)
+
+
+def narrow(values, raw, n):
+    """raw (n,) uint16 = the bfloat16 nearest to values (n,), float32 as uint32; ties to even."""
+    _narrow(carray(values, (n,)), carray(raw, (n,)))
+
+
+def add_models(plus, base, models, changes, factors, common, added, k, n, out):
+    """out (n,) = plus (n,) + common (1,) * sum_k factors (k,) (models (k, n) - base (n,)).
+
+    Nothing is taken off the models that are `changes` (k,) already; `plus` is not `added` when that
+    is 0. A factor of 1 is exact, so equal ones are best given as `common`.
+    """
+    start = carray(plus, (n,))
+    origin = carray(base, (n,))
+    rows = carray(models, (k, n))
+    given = carray(changes, (k,))
+    weights = carray(factors, (k,))
+    by = carray(common, (1,))[0]
+    total = carray(out, (n,))
+    for begin in range(0, n, TILE):
+        end = min(begin + TILE, n)
+        part = total[begin:end]
+        own = origin[begin:end]
+        for j in range(k):
+            row = rows[j, begin:end]
+            w = weights[j]
+            # one loop each, as a branch inside would keep it from being vectorised
+            if j == 0 and given[j]:
+                for i in range(part.size):
+                    part[i] = w * row[i]
+            elif j == 0:
+                for i in range(part.size):
+                    part[i] = w * (row[i] - own[i])
+            elif given[j]:
+                for i in range(part.size):
+                    part[i] += w * row[i]
+            else:
+                for i in range(part.size):
+                    part[i] += w * (row[i] - own[i])
+        if added:
+            first = start[begin:end]
+            for i in range(part.size):
+                part[i] = first[i] + by * part[i]
+        else:
+            for i in range(part.size):
+                part[i] = by * part[i]
+
+
+def add_bfloat16(base, models, factors, common, added, k, n, scratch, bits, out):
+    """`add_models` on bfloat16 as uint16, without changes; `plus` is the base or, when not `added`,
+    nothing, and then nothing is taken off the models either.
+
+    scratch (3 TILE,) float32, and the same memory as uint32 `bits`: no float leaves the cache.
+    """
+    origin = carray(base, (n,))
+    rows = carray(models, (k, n))
+    weights = carray(factors, (k,))
+    by = carray(common, (1,))[0]
+    result = carray(out, (n,))
+    floats = carray(scratch, (3, TILE))
+    words = carray(bits, (3, TILE))
+    for begin in range(0, n, TILE):
+        end = min(begin + TILE, n)
+        own, row, part = (
+            floats[0, : end - begin],
+            floats[1, : end - begin],
+            floats[2, : end - begin],
+        )
+        if added:
+            _widen(origin[begin:end], words[0])
+        for j in range(k):
+            _widen(rows[j, begin:end], words[1])
+            w = weights[j]
+            if j == 0 and added:
+                for i in range(part.size):
+                    part[i] = w * (row[i] - own[i])
+            elif j == 0:
+                for i in range(part.size):
+                    part[i] = w * row[i]
+            elif added:
+                for i in range(part.size):
+                    part[i] += w * (row[i] - own[i])
+            else:
+                for i in range(part.size):
+                    part[i] += w * row[i]
+        if added:
+            for i in range(part.size):
+                part[i] = own[i] + by * part[i]
+        else:
+            for i in range(part.size):
+                part[i] = by * part[i]
+        _narrow(words[2], result[begin:end])
+
+
+def _sum_of(kind):
+    at = types.CPointer(kind)
+    flags = types.CPointer(types.uint8)
+    return types.void(at, at, at, flags, at, at, types.int64, types.int64, types.int64, at)
+
+
+_words, _floats = types.CPointer(types.uint16), types.CPointer(types.float32)
+_long = types.CPointer(types.uint32)
+LOOPS = {
+    "narrow": (
+        narrow,
+        types.void(_long, _words, types.int64),
+    ),
+    "add_float32": (add_models, _sum_of(types.float32)),
+    "add_float64": (add_models, _sum_of(types.float64)),
+    "add_bfloat16": (
+        add_bfloat16,
+        types.void(
+            _words,
+            _words,
+            _floats,
+            _floats,
+            types.int64,
+            types.int64,
+            types.int64,
+            _floats,
+            _long,
+            _words,
+        ),
+    ),
+}
+"""Name -> the loop and its signature."""
