@@ -9,6 +9,7 @@ is missing are left out. `gradients.py` runs it and says what the figures mean.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import logging
@@ -58,6 +59,7 @@ class Task:
         )
         lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         self.model = get_peft_model(LlamaForCausalLM(config).to(dtype), lora).to(device).eval()
+        self.model.to(dtype)  # as the product's pass has adapters: PEFT makes them float32
         self.device = device
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         with torch.no_grad():  # as after some training: B is zero at first, and A's gradient then
@@ -68,7 +70,8 @@ class Task:
         ids = torch.randint(0, config.vocab_size, (count, LENGTH)).tolist()
         self.rows = [Encoded(str(i), row, [1] * LENGTH) for i, row in enumerate(ids)]
         self.batch = {k: v.to(device) for k, v in collate(self.rows, 0).items()}
-        self.whole = torch.cat([found for _, found in per_example(self.model, self.rows, 0)])
+        exact = copy.deepcopy(self.model).float()
+        self.whole = torch.cat([found for _, found in per_example(exact, self.rows, 0)])
         # What Adam's moments are averages of.
         self.m, self.v = self.named(self.whole.mean(0)), self.named(self.whole.square().mean(0))
 
@@ -247,6 +250,9 @@ def sides(task: Task) -> dict[str, tuple[Side, bool]]:
     found = {"ours": (ours(task), True), "LESS, matrix kept": (less_cached(task), True)}
     if importlib.util.find_spec("trak"):
         found["LESS as shipped"] = less_shipped(task), True
+        if task.model.dtype != torch.float32:
+            single = Task(torch.float32, task.device)
+            found["LESS as shipped, float32"] = less_shipped(single), True
         if task.model.dtype == torch.float32:
             found["traker"] = trak(task), False
     if importlib.util.find_spec("bergson") and task.model.dtype == torch.float32:

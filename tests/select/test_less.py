@@ -95,6 +95,32 @@ def best_subtask(influence, groups):
     return np.max(means, axis=0)
 
 
+def test_a_bfloat16_base_ranks_as_its_float32_twin(setting, tmp_path):
+    base, pool, target = setting
+    method = Less(count=5, warmup_fraction=0.5, warmup=WARMUP, dimension=96, dtype="float32")
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        run = tiny.run_in(tmp_path / dtype, seed=1)
+        one = base.model_copy(update={"dtype": dtype})
+        selection = method.select(pool, run, target=target, base=one)
+        scores.append(np.array(selection.scores.index["score"]))
+    assert np.corrcoef(*scores)[0, 1] > 0.99
+
+
+def test_the_gradient_pass_has_the_adapter_in_the_bases_type(setting, tmp_path):
+    from deltaloom.select._influence import Sketching
+    from deltaloom.select._warmup import load_epoch, warm_up
+    from deltaloom.tune.lora import Lora
+
+    base, pool, _ = setting
+    half = base.model_copy(update={"dtype": "bfloat16"})
+    how = Sketching(half, Lora(**WARMUP), "sparse", 96, 0, "float32")
+    run = tiny.run_in(tmp_path / "run")
+    model, adam = load_epoch(warm_up(how, 0.5, pool, run, run.work)[-1], how)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {m.dtype for m in adam.m.values()} == {torch.float32}
+
+
 TOLERANCE = {"int8": 1e-2, "float16": 2e-3, "float32": 1e-4}
 
 
