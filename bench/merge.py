@@ -42,7 +42,12 @@ JOBS = {
     ),
     "ties": ("ties", {"density": 0.5}, "ties", {"density": 0.5}, [1, 2], 1 / 8),
     "dare_ties": ("dare_ties", {"density": 0.5}, "dare_ties", {"density": 0.5}, [1, 2], 1 / 8),
+    "slerp": ("slerp", {"t": 0.4}, "slerp", {"t": 0.4}, [1, 2], 1 / 8),
 }  # fmt: skip
+COPIES = 4.0
+"""Wall seconds, over those of reading the inputs and writing the output once."""
+BOTH_CORES = 0.8
+"""Wall seconds over CPU seconds at most, where the work is large beside the start."""
 MEMORY_RATIO = 1 / 3
 MEMORY_MB = 600.0
 
@@ -169,13 +174,31 @@ def peer(job: str, models: list[Path], out: Path, python: str) -> Cost:
         "models": [{"model": str(models[i]), "parameters": {"weight": 1.0, **own}} for i in places],
         "parameters": {key: value for key, value in parameters.items() if key != "density"},
     }
-    if method != "linear":
-        config["base_model"] = str(models[0])
+    if method != "linear":  # of slerp's two models one is the base
+        config["base_model"] = str(models[places[0] if method == "slerp" else 0])
     file = out.with_suffix(".yml")
     file.write_text(json.dumps(config))  # JSON is YAML
     shutil.rmtree(out, ignore_errors=True)
     script = str(Path(python).with_name("mergekit-yaml"))
     return cost([python, script, str(file), str(out), "--num-threads", "2", "--no-copy-tokenizer"])
+
+
+def copying(models: list[Path], out: Path) -> Cost:
+    """Reading the files of `models` and writing those of one, in a process of its own."""
+    files = [[str(file) for file in sorted(model.glob("*.safetensors"))] for model in models]
+    code = (
+        "import os, sys, json\n"
+        "models, out, room = *json.loads(sys.argv[1]), bytearray(1 << 20)\n"
+        "target = open(out, 'wb', 0)\n"
+        "for number, files in enumerate(models):\n"
+        "    for file in files:\n"
+        "        source = open(file, 'rb', 0)\n"
+        "        while got := source.readinto(room):\n"
+        "            number or target.write(memoryview(room)[:got])\n"
+        "os.fsync(target.fileno())\n"
+    )
+    out.unlink(missing_ok=True)
+    return cost([sys.executable, "-c", code, json.dumps([files, str(out)])])
 
 
 def median(costs: list[Cost], field: str) -> float:
@@ -204,10 +227,12 @@ def bench(models: list[Path], work: Path, python: str | None, repeats: int) -> l
     results = []
     interpreter = cost([sys.executable, "-c", "import numpy, torch"]).rss
     print(f"interpreter with torch loaded: {interpreter:.0f} MB")
-    for job, (*_, bound) in JOBS.items():
+    for job, (*_, places, bound) in JOBS.items():
         show(job, "first run", [ours(job, models, work / "ours")])
-        mine, theirs = [], []
+        mine, theirs, copies = [], [], []
+        read = [models[0], *(models[i] for i in places)] if job != "linear" else models[1:]
         for _ in range(repeats):
+            copies.append(copying(read, work / "copy"))
             mine.append(ours(job, models, work / "ours"))
             if python:
                 theirs.append(peer(job, models, work / "peer", python))
@@ -221,6 +246,12 @@ def bench(models: list[Path], work: Path, python: str | None, repeats: int) -> l
             results.append(row(f"{job}: memory / mergekit", ratio, MEMORY_RATIO, "ratio"))
         else:
             results.append(row(f"{job}: cpu", median(mine, "cpu"), None, "s"))
+        show(job, "copying", copies)
+        ratio = median(mine, "wall") / median(copies, "wall")
+        results.append(row(f"{job}: wall / reading and writing once", ratio, COPIES, "ratio"))
+        ratio = median(mine, "wall") / median(mine, "cpu")
+        both = BOTH_CORES if job in ("ties", "dare_ties") else None
+        results.append(row(f"{job}: wall / cpu", ratio, both, "ratio"))
         above = f"{job}: memory above interpreter with torch"
         results.append(row(above, rss - interpreter, MEMORY_MB, "MB"))
     return results
