@@ -144,6 +144,11 @@ class Run:
         return self.record["seed"]
 
     @property
+    def shares_model(self) -> bool:
+        """Whether workers do a measured model's passes, which takes that they can load it."""
+        return self.origin is not None and bool(self.workers.count or self.workers.cluster)
+
+    @property
     def work(self) -> Path:
         """Scratch for checkpoints and shards; survives interruption, goes when the run is done."""
         path = self.home / ".work"

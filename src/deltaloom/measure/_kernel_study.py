@@ -51,7 +51,7 @@ class Study:
         import numpy as np
 
         # A batch is held whole: every output's gradients, and their signs beside them.
-        entries = self.words.outputs * sum(self._sizes())
+        entries = self.words.outputs * sum(self.sizes.values())
         most = max(1, min(self.most, memory // (8 * entries)))
         cut = self.lessons or len(self.asked)
         left = self._side(range(cut), most)
@@ -68,10 +68,12 @@ class Study:
     @property
     def most(self) -> int:
         """Rows of a batch that is differentiated."""
-        return max(1, FLOATS // max(self._sizes()))
+        return max(1, FLOATS // max(self.sizes.values()))
 
-    def _sizes(self) -> list[int]:
-        return [self.words.model.get_parameter(name).numel() for name in self.names]
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Entries of each parameter that is differentiated by."""
+        return {name: self.words.model.get_parameter(name).numel() for name in self.names}
 
     def _side(self, numbers: range, most: int) -> tuple[list[int], list[dict[str, Any]]]:
         """Batches of some questions, and the order in which their rows come."""
