@@ -47,6 +47,11 @@ class Workers:
     cluster: str | None = None
     """Address of a Ray cluster, or `local` to start one here."""
 
+    @property
+    def here(self) -> bool:
+        """Whether this process works itself."""
+        return not self.count and self.cluster is None
+
 
 class Run:
     """A folder being worked in. Use as a context manager: leaving it records how it ended."""
@@ -144,9 +149,9 @@ class Run:
         return self.record["seed"]
 
     @property
-    def shares_model(self) -> bool:
-        """Whether workers do a measured model's passes, which takes that they can load it."""
-        return self.origin is not None and bool(self.workers.count or self.workers.cluster)
+    def model_workers(self) -> Workers:
+        """Who does a measured model's passes: `workers`, if they can load it."""
+        return Workers() if self.origin is None else self.workers
 
     @property
     def work(self) -> Path:

@@ -12,6 +12,7 @@ As in `engine.ntk`, products are float32 within a parameter and float64 across.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ def tile(
     right: NDArray[np.float32],
     slab: Sequence[Part],
     signs: Iterable[Signs],
+    device: str = "cpu",
 ) -> dict[Signs, NDArray[np.float64]]:
     """Products (a, b) of the gradients (a, d) and (b, d) of two blocks, for each pair of signs."""
     found = {pair: np.zeros((len(left), len(right))) for pair in signs}
@@ -95,11 +97,18 @@ def tile(
     for part in slab:
         columns = slice(at, at + part.stop - part.start)
         at = columns.stop
-        sides = left[:, columns], right[:, columns]
-        given = {signed: [np.sign(x) if signed else x for x in sides] for signed in kinds}
+        sides = [_tensor(block[:, columns], device) for block in (left, right)]
+        given = {signed: [x.sign() if signed else x for x in sides] for signed in kinds}
         for a, b in found:
-            found[a, b] += given[a][0] @ given[b][1].T
+            found[a, b] += (given[a][0] @ given[b][1].T).cpu().numpy()
     return found
+
+
+def _tensor(block: NDArray[np.float32], device: str) -> Tensor:
+    """The block on `device`; on the CPU it stays where it is, in a mapped file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(block).to(device)
 
 
 def add_tile(

@@ -128,6 +128,7 @@ class Kernel(Measurer):
         token, parameters that the model does not have, or one unit that cannot be divided.
         """
         from deltaloom.engine.forward import padding_token
+        from deltaloom.measure._kernel_shards import Asking, tangent_kernels
 
         require_rows(data, "kernel")
         limit = length_limit(self.max_length, model)
@@ -139,7 +140,9 @@ class Kernel(Measurer):
         with differentiable(model, self.parameters, self.r, run.seed) as ready:
             words = LabelWords(ready.model, width, padding_token(tokenizer))
             study = Study(words, every, len(lessons), ready.names)
-            self._fill(study, run)
+            how = Asking(run.origin, self.parameters, self.r, run.seed)
+            memory = int(self.memory_gib * 2**30)
+            study.grams = tangent_kernels(study, self.kernels, how, memory, run)
             found = {kind: self._predicted(study, splits, kind) for kind in self.kernels}
             facts = _compared(study, found, clusters_of(data))
             facts |= {
@@ -160,19 +163,6 @@ class Kernel(Measurer):
 
     def _lessons(self, tokenizer: Any, limit: int) -> list[Question]:
         return questions(Examples.read(str(self.train)), tokenizer, self.delimiter, limit)
-
-    def _fill(self, study: Study, run: Run) -> None:
-        """The study's kernels, by workers where there are any."""
-        memory = int(self.memory_gib * 2**30)
-        if not run.shares_model:
-            study.compute(self.kernels, memory)
-            return
-        from deltaloom.measure._kernel_shards import Asking, share
-
-        assert run.origin is not None
-        words = study.words
-        asking = Asking(run.origin, self.parameters, self.r, run.seed, words.width, words.pad_id)
-        study.grams = share(study, self.kernels, memory, asking, run)
 
     def _folds(self, data: Examples, seed: int) -> list[Split]:
         """Whole clusters dealt to the folds, answer by answer, in an order that `seed` decides."""
