@@ -1,4 +1,4 @@
-"""A tangent kernel in two maps, for workers: gradients of blocks of rows, products of two blocks.
+"""A tangent kernel in two maps to be shared: gradients of blocks of rows, then their products.
 
 `engine.ntk` holds one side's gradients while the other side goes by; cut among workers, each would
 differentiate the other side again. Here every row is differentiated once and its gradients are
