@@ -51,7 +51,10 @@ SLABS = 4.7e-4
     [({}, (0, 1, 2)), ({"parameters": "lora", "r": 2, "memory_gib": 5e-5}, (0, 1))],
     ids=["all", "lora in slabs"],
 )
-def test_any_number_of_workers_gives_the_same_bytes(settings, counts, base, rows, tmp_path):
+def test_any_number_of_workers_gives_the_same_bytes(
+    settings, counts, base, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "FEWEST", 1)
     data = rows(*asked(n=21))
     found = [
         measured(base, data, tmp_path / f"by-{count}", Workers(count), SHARED | settings)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 BLOCKS = 8
 """Blocks that the rows are cut into at most: so many workers can differentiate at once, and each
 block is read so many times. Ours."""
+FEWEST = 4096
+"""Entries of a slab at least, however little memory there is: each slab is a pass. Ours."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def tangent_kernels(
     """
     every, k = study.asked, study.words.outputs
     rows = -(-len(every) // BLOCKS)
-    entries = max(1, memory // (8 * rows * k))  # float32, and twice while it is written
+    entries = max(FEWEST, memory // (8 * rows * k))  # float32, and twice while it is written
     about = {
         "of": run.folder.name,
         "questions": digest([[one.ids, one.words] for one in every]),
