@@ -27,6 +27,7 @@ from deltaloom.engine.forward import padding_token
 from deltaloom.engine.train import TrainSettings, fit
 from deltaloom.measure._diagnosis import agreement, distances, holding, slopes
 from deltaloom.measure._differentiable import Differentiable, differentiable
+from deltaloom.measure._kernel_shards import Asking, tangent_kernels
 from deltaloom.measure._kernel_study import Study
 from deltaloom.measure._label_words import LabelWords, questions
 
@@ -110,7 +111,7 @@ def one_seed(
     with differentiable(model, parameters, R, seed) as ready:
         words = LabelWords(ready.model, len(CHOICES), padding_token(tokenizer))
         study = Study(words, asked, len(lessons), ready.names)
-        study.compute(KINDS, 2**32)
+        study.grams = kernels(study, parameters, seed)
 
         def scored(outputs: np.ndarray) -> Estimate:
             every = np.concatenate([study.goals[train], outputs])
@@ -161,6 +162,12 @@ def drawn(root: Path, shots: int, seed: int) -> tuple[Examples, Examples]:
 
 def examples(rows: list[dict[str, Any]]) -> Examples:
     return Examples([parse(f"row {k}", "bench", dict(row)) for k, row in enumerate(rows)])
+
+
+def kernels(study: Study, parameters: str, seed: int) -> dict[str, Any]:
+    """The study's kernels, (n, k, m, k) each."""
+    with tempfile.TemporaryDirectory() as folder, Run.open(folder, {}, {}, seed) as run:
+        return tangent_kernels(study, KINDS, Asking(None, parameters, R, seed), 2**32, run)
 
 
 def tuned(

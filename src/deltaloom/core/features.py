@@ -192,7 +192,11 @@ class Features:
         Rows stored as float32 are the file itself, read only.
         """
         for number, rows in enumerate(self.shards()):
-            yield rows, self._open(number).rows()
+            yield rows, self.block(number)
+
+    def block(self, number: int) -> np.ndarray:
+        """One shard's rows as float32, (m, d); mapped, as `blocks` gives them."""
+        return self._open(number).rows()
 
     def matrix(self) -> np.ndarray:
         """All rows as float32, (n, d), in memory."""

@@ -47,6 +47,11 @@ class Workers:
     cluster: str | None = None
     """Address of a Ray cluster, or `local` to start one here."""
 
+    @property
+    def here(self) -> bool:
+        """Whether this process works itself."""
+        return not self.count and self.cluster is None
+
 
 class Run:
     """A folder being worked in. Use as a context manager: leaving it records how it ended."""
@@ -142,6 +147,11 @@ class Run:
     def seed(self) -> int:
         """The seed of every random choice in this run."""
         return self.record["seed"]
+
+    @property
+    def model_workers(self) -> Workers:
+        """Who does a measured model's passes: `workers`, if they can load it."""
+        return Workers() if self.origin is None else self.workers
 
     @property
     def work(self) -> Path:

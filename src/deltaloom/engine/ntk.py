@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain, pairwise
 from typing import Any, Literal, get_args
 
@@ -33,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deltaloom.engine._differentiate import differentiate, factors, flat
 from deltaloom.engine.taps import Rows, Taps
 
 Kind = Literal["sgd", "sign", "asymmetric", "flipped"]
@@ -120,10 +120,10 @@ def along(
             slopes = torch.zeros(values.shape, dtype=torch.float64)
 
             def add(output: int, name: str, rows: Rows, slopes: Tensor = slopes) -> None:
-                g = _whole(rows)  # (b, D)
+                g = flat(rows)  # (b, D)
                 slopes[:, output] += (g @ direction[name].to(g).flatten()).cpu().double()
 
-            _differentiate(taps, values, add)
+            differentiate(taps, values, add)
             found.append(slopes.numpy())
     return np.concatenate(found)
 
@@ -134,35 +134,10 @@ def gradients(
     """Every row's gradients themselves, (b, k, D) per parameter: b k times the parameters' size."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     with Taps(model, names) as taps:
-        _differentiate(
-            taps, outputs(batch), lambda output, name, rows: found[name].append(_whole(rows))
+        differentiate(
+            taps, outputs(batch), lambda output, name, rows: found[name].append(flat(rows))
         )
     return {name: torch.stack(parts, 1) for name, parts in found.items()}
-
-
-def _differentiate(taps: Taps, values: Tensor, take: Callable[[int, str, Rows], None]) -> None:
-    """One backward pass per column of `values` (b, k)."""
-    last = values.shape[1] - 1
-    for output in range(last + 1):
-        taps.backward(values[:, output], partial(take, output), retain_graph=output < last)
-
-
-def _whole(rows: Rows) -> Tensor:
-    """(b, D), at least float32."""
-    if rows.left is None or rows.right is None:
-        g = rows.whole()
-        return g.to(torch.promote_types(g.dtype, torch.float32)).flatten(1)
-    left, right = _factors(rows)
-    return torch.bmm(left.transpose(1, 2), right).flatten(1)
-
-
-def _factors(rows: Rows) -> tuple[Tensor, Tensor]:
-    """(b, T, m) and (b, T, n), at least float32."""
-    assert rows.left is not None
-    assert rows.right is not None
-    kind = torch.promote_types(rows.left.dtype, torch.float32)
-    # Detached: what is held must not hold the graph that it came from.
-    return rows.left.detach().to(kind), rows.right.detach().to(kind)
 
 
 def _turned(kind: Kind) -> Kind:
@@ -209,7 +184,7 @@ class _Block:
             if self._factored(name, rows, math.prod(taps.shapes[name])):
                 self._keep_factors(name, slice(start + output, stop, outputs), rows)
                 return
-            whole = _whole(rows)
+            whole = flat(rows)
             self.size += whole.nbytes * len(self.signs)
             batches = self._parts.setdefault(name, [])
             if output == 0:
@@ -217,7 +192,7 @@ class _Block:
             batches[-1].append(whole)
 
         start, stop = self.rows, self.rows + values.numel()
-        _differentiate(taps, values, take)
+        differentiate(taps, values, take)
         self.rows = stop
 
     def _factored(self, name: str, rows: Rows, entries: int) -> bool:
@@ -228,7 +203,7 @@ class _Block:
         return name in self._pairs or small
 
     def _keep_factors(self, name: str, place: slice, rows: Rows) -> None:
-        left, right = _factors(rows)
+        left, right = factors(rows)
         self.size += left.nbytes + right.nbytes
         self._pairs.setdefault(name, []).append((place, left, right))
 
@@ -245,13 +220,13 @@ class _Block:
         if name in self._pairs:
             yield self._meet_factors(name, rows)
             return
-        whole = _whole(rows)
+        whole = flat(rows)
         passing = {signed: whole.sign() if signed else whole for signed in {b for _, b in pairs}}
         for a, b in pairs:
             yield (self._held[name, a] @ passing[b].T).cpu().double()
 
     def _meet_factors(self, name: str, rows: Rows) -> Tensor:
-        left, right = _factors(rows)
+        left, right = factors(rows)
         found = torch.zeros(self.rows, len(left), dtype=torch.float64)
         for place, own_left, own_right in self._pairs[name]:
             found[place] = _of_factors(own_left, own_right, left, right).cpu().double()
@@ -269,8 +244,8 @@ class _Block:
                 total += (self._held[name, a] @ self._held[name, b].T).cpu().double()
             for held in self._pairs.values():
                 for place, *own in held:
-                    for other, *factors in held:
-                        total[place, other] += _of_factors(*own, *factors).cpu().double()
+                    for other, *others in held:
+                        total[place, other] += _of_factors(*own, *others).cpu().double()
         return found
 
 
@@ -323,7 +298,7 @@ class _Kernel:
             for total, product in zip(totals.values(), met, strict=True):
                 total[:, :, output] += product
 
-        _differentiate(self.taps, values, take)
+        differentiate(self.taps, values, take)
         k = self.shape[1]
         return {pair: total.unflatten(0, (-1, k)).numpy() for pair, total in totals.items()}
 

@@ -60,10 +60,11 @@ def run_shards(job: Job, items: Sequence[Hashable], workers: Workers, done: Done
             done(item, do(item))
 
 
-def fill(store: Features, job: Job, run: Run) -> Features:
+def fill(store: Features, job: Job, run: Run, workers: Workers | None = None) -> Features:
     """Do the missing shards of a store; the job gives back what each one cost. Returns the store.
 
-    Costs go to the run's ledger; the progress is named by the store's `about["what"]`.
+    `workers` are `run`'s if no others are named. Costs go to the run's ledger; the progress is
+    named by the store's `about["what"]`.
     """
     total, missing = len(store.shards()), store.missing()
     with progress(store.header["about"]["what"], total, total - len(missing)) as advance:
@@ -72,7 +73,7 @@ def fill(store: Features, job: Job, run: Run) -> Features:
             run.spend(**cost)
             advance(1)
 
-        run_shards(job, missing, run.workers, done)
+        run_shards(job, missing, workers or run.workers, done)
     return store
 
 

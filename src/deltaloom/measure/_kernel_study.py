@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from deltaloom.core.progress import progress
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +30,7 @@ class Study:
         self.start: NDArray[np.float64] = self.outputs()
         """f0: the outputs (n, k) of the model as it is."""
         self.grams: dict[str, NDArray[np.float64]] = {}
+        """To be filled in by `measure._kernel_shards`."""
 
     def outputs(self, numbers: Sequence[int] | None = None) -> NDArray[np.float64]:
         """The outputs (n, k) of the model with its present weights; of the questions `numbers`."""
@@ -46,56 +45,15 @@ class Study:
                 found[own] = self.words(batch).double().cpu().numpy()
         return found
 
-    def compute(self, kinds: Sequence[Any], memory: int) -> None:
-        """Fill in the kernels of these kinds; `memory` is bytes of gradients held at once."""
-        import numpy as np
-
-        # A batch is held whole: every output's gradients, and their signs beside them.
-        entries = self.words.outputs * sum(self._sizes())
-        most = max(1, min(self.most, memory // (8 * entries)))
-        cut = self.lessons or len(self.asked)
-        left = self._side(range(cut), most)
-        with progress("kernel", len(self.asked)) as advance:
-            found = self._grams(left, left, kinds, memory)
-            advance(cut)
-            if self.lessons:
-                right = self._side(range(cut, len(self.asked)), most)
-                across = self._grams(left, right, kinds, memory)
-                found = {kind: np.concatenate([found[kind], across[kind]], 2) for kind in kinds}
-                advance(len(self.asked) - cut)
-        self.grams = found
-
     @property
     def most(self) -> int:
         """Rows of a batch that is differentiated."""
-        return max(1, FLOATS // max(self._sizes()))
+        return max(1, FLOATS // max(self.sizes.values()))
 
-    def _sizes(self) -> list[int]:
-        return [self.words.model.get_parameter(name).numel() for name in self.names]
-
-    def _side(self, numbers: range, most: int) -> tuple[list[int], list[dict[str, Any]]]:
-        """Batches of some questions, and the order in which their rows come."""
-        cut = self.words.batches([self.asked[i] for i in numbers], most)
-        return [i for own, _ in cut for i in own], [batch for _, batch in cut]
-
-    def _grams(
-        self, left: Any, right: Any, kinds: Sequence[Any], memory: int
-    ) -> dict[str, NDArray[np.float64]]:
-        import numpy as np
-
-        from deltaloom.engine.ntk import grams
-
-        found = grams(
-            self.words.model,
-            left[1],
-            right[1],
-            self.words,
-            kinds,
-            names=self.names,
-            memory=memory,
-        )
-        rows, columns = np.argsort(left[0]), np.argsort(right[0])
-        return {kind: gram[rows][:, :, columns] for kind, gram in found.items()}
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Entries of each parameter that is differentiated by."""
+        return {name: self.words.model.get_parameter(name).numel() for name in self.names}
 
     def regressed(
         self,

@@ -71,9 +71,10 @@ class Pass(Job):
         about = {**about, "data": data.digest(), "of": run.folder.name}
         folder = run.work / "rows" / digest(about)
         self.store = Features.create(folder, data.ids, width, about=about)
-        if self.origin is None or not (run.workers.count or run.workers.cluster):
+        workers = run.model_workers
+        if workers.here:
             self.model = model
-        found = fill(self.store, self, run).matrix()
+        found = fill(self.store, self, run, workers).matrix()
         return found, self.cost(model, sum(len(row.input_ids) for row in self.rows))
 
 

@@ -66,7 +66,7 @@ class Kernel(Measurer):
     kernels: Annotated[list[Literal["sgd", "sign", "asymmetric"]], Field(min_length=1)] = ["sgd"]
     """Kernels to regress with, all from the same gradients: sgd, sign, asymmetric. The first is the
     value that is measured, the others are compared with it in the run's notes. SGD's is the
-    paper's main one, and for it alone gradients can be held as small factors."""
+    paper's main one."""
     parameters: str = "all"
     """What to differentiate by: all; lora (the B of a fresh adapter on every linear module, A
     random and B zero); bias; or a regular expression searched in the parameters' names, such as
@@ -101,7 +101,8 @@ class Kernel(Measurer):
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of a prompt at most; it is cut from the left. None (ours) is the model's context."""
     memory_gib: Annotated[float, Field(gt=0)] = 1.0
-    """GiB of gradients held at once. Less makes more passes, never another result (ours)."""
+    """GiB of gradients that each process holds at once; the run's scratch takes up to four times
+    that. Less makes more passes, and changes rounding only (ours)."""
 
     @field_validator("kernels")
     @classmethod
@@ -128,6 +129,7 @@ class Kernel(Measurer):
         token, parameters that the model does not have, or one unit that cannot be divided.
         """
         from deltaloom.engine.forward import padding_token
+        from deltaloom.measure._kernel_shards import Asking, tangent_kernels
 
         require_rows(data, "kernel")
         limit = length_limit(self.max_length, model)
@@ -139,7 +141,9 @@ class Kernel(Measurer):
         with differentiable(model, self.parameters, self.r, run.seed) as ready:
             words = LabelWords(ready.model, width, padding_token(tokenizer))
             study = Study(words, every, len(lessons), ready.names)
-            study.compute(self.kernels, int(self.memory_gib * 2**30))
+            how = Asking(run.origin, self.parameters, self.r, run.seed)
+            memory = int(self.memory_gib * 2**30)
+            study.grams = tangent_kernels(study, self.kernels, how, memory, run)
             found = {kind: self._predicted(study, splits, kind) for kind in self.kernels}
             facts = _compared(study, found, clusters_of(data))
             facts |= {
