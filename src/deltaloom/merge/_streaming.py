@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from deltaloom.merge._rule import Rule
 
 
-class Streaming(Merger):
-    """A merger that is a rule on blocks of tensors. Subclasses are the methods, and final."""
+class Streamed(Merger):
+    """A merger whose last act is a streaming merge of folders by a rule."""
 
     threads: int | None = Field(None, ge=1)
     """Threads over tensors; two when not given. The result does not depend on it."""
@@ -37,6 +37,60 @@ class Streaming(Merger):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """Type of the merged weights; the base's, tensor by tensor, when not given."""
 
+    def work(self, sizes: Sizes) -> Work:
+        """Blocks of every model at a time, and one model written; no token is run."""
+        from deltaloom.merge._stream import BLOCK
+
+        buffers = 4.0 * (self.block or BLOCK) * (sizes.deltas + 2) * (self.threads or 2)
+        return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
+
+    def publish(self, base: Base, sources: Sequence[Path], rule: Rule, run: Run) -> Delta:
+        """Merge the folders `sources` over `base` by `rule` into `run.folder`; returns the change.
+
+        An interrupted run is taken up: it is the same recipe on the same inputs.
+        """
+        from deltaloom.core.delta import describe, load
+        from deltaloom.core.progress import progress
+        from deltaloom.core.tensors import TensorFolder
+
+        merged = run.work / "merged"
+        with progress("merge, bytes", TensorFolder(base.folder).nbytes) as advance:
+            if not merged.exists():  # an interrupted run may have got as far as the rename
+                self.stream(base.folder, sources, rule, merged, advance, resume=True)
+        describe(merged, "dense", base)
+        run.publish(merged)
+        return load(run.folder, base)
+
+    def stream(
+        self,
+        base: str | Path,
+        sources: Sequence[Path],
+        rule: Rule,
+        out: str | Path,
+        progress: Callable[[int], None] | None = None,
+        *,
+        resume: bool = False,
+    ) -> Path:
+        """`_stream.merge_folders` with this method's settings."""
+        from deltaloom.merge._stream import BLOCK, merge_folders
+
+        return merge_folders(
+            base,
+            sources,
+            rule,
+            out,
+            threads=self.threads,
+            block=self.block or BLOCK,
+            shard_bytes=self.shard_bytes,
+            dtype=self.dtype,
+            progress=progress,
+            resume=resume,
+        )
+
+
+class Streaming(Streamed):
+    """A merger that is a rule on blocks of tensors. Subclasses are the methods, and final."""
+
     @abstractmethod
     def rule(self, models: int, seed: int = 0) -> Rule:
         """The rule for `models` sources; raises InputError when the settings do not fit them."""
@@ -44,13 +98,6 @@ class Streaming(Merger):
     def sources(self, base: Path, deltas: list[Path]) -> list[Path]:
         """What the rule merges, in its order: the deltas, unless the method counts the base in."""
         return deltas
-
-    def work(self, sizes: Sizes) -> Work:
-        """Blocks of every model at a time, and one model written; no token is run."""
-        from deltaloom.merge._stream import BLOCK
-
-        buffers = 4.0 * (self.block or BLOCK) * (sizes.deltas + 2) * (self.threads or 2)
-        return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
 
     def merge(
         self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
@@ -61,22 +108,10 @@ class Streaming(Merger):
         written to `run.work` first. Raises InputError for no deltas, settings that do not match
         them, or deltas that do not fit the base.
         """
-        from deltaloom.core.delta import describe, load
-        from deltaloom.core.progress import progress
-        from deltaloom.core.tensors import TensorFolder
-
         places = [Path(f"delta-{i}") for i in range(len(deltas))]
         self.rule(len(self.sources(Path("base"), places)), run.seed)  # before anything is written
-        pairs = zip(deltas, places, strict=True)
-        folders = [_folder(delta, run.work / place) for delta, place in pairs]
-        merged = run.work / "merged"
-        with progress("merge, bytes", TensorFolder(base.folder).nbytes) as advance:
-            if not merged.exists():  # an interrupted run may have got as far as the rename
-                # The run is the same recipe on the same inputs, or it would have been refused.
-                self.merge_folders(base.folder, folders, merged, run.seed, advance, resume=True)
-        describe(merged, "dense", base)
-        run.publish(merged)
-        return load(run.folder, base)
+        sources = self.sources(base.folder, folders_of(deltas, run.work))
+        return self.publish(base, sources, self.rule(len(sources), run.seed), run)
 
     def merge_folders(
         self,
@@ -93,21 +128,9 @@ class Streaming(Merger):
         `progress` is called with the bytes of each tensor written; `resume` takes up what an
         interrupted call with the same arguments left. Raises as `merge` does.
         """
-        from deltaloom.merge._stream import BLOCK, merge_folders
-
         sources = self.sources(Path(base), [Path(delta) for delta in deltas])
-        return merge_folders(
-            base,
-            sources,
-            self.rule(len(sources), seed),
-            out,
-            threads=self.threads,
-            block=self.block or BLOCK,
-            shard_bytes=self.shard_bytes,
-            dtype=self.dtype,
-            progress=progress,
-            resume=resume,
-        )
+        rule = self.rule(len(sources), seed)
+        return self.stream(base, sources, rule, out, progress, resume=resume)
 
 
 def shares(weights: list[float] | None, models: int, normalize: bool) -> list[float]:
@@ -134,6 +157,11 @@ def two_ends(base: Path, deltas: list[Path], method: str) -> list[Path]:
             f"got {len(deltas)}"
         )
     return deltas if len(deltas) == 2 else [base, *deltas]
+
+
+def folders_of(deltas: Sequence[Delta], scratch: Path) -> list[Path]:
+    """Folders the engine can read: each delta's own, or one in `scratch` that it is written to."""
+    return [_folder(delta, scratch / f"delta-{i}") for i, delta in enumerate(deltas)]
 
 
 def _folder(delta: Delta, scratch: Path) -> Path:
