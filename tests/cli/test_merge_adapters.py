@@ -140,10 +140,18 @@ def test_a_model_among_them_or_another_method_makes_a_model(home, tmp_path):
         ("ties", ["lora"], ["form=adapter"], "needs a plain sum, not sparsify=magnitude"),
         ("average", ["lora"], ["form=model", "rank=2"], "rank belongs to merged adapters"),
         ("average", ["lora", "base"], ["rank=2"], "delta 2 is no low-rank adapter"),
-        ("average", ["dora", "beside"], [], "form=model"),
     ],
 )
 def test_what_cannot_be_an_adapter_is_refused(home, tmp_path, method, names, settings, said):
     with pytest.raises(InputError, match=said):
         quickly(home, method, names, tmp_path / "out", *settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_no_adapter_can_say_names_the_way_out(tmp_path):
+    base = Base(model=str(tiny.base_in(tmp_path / "base")))  # without biases
+    for name in ("dora", "beside"):
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **KINDS[name])
+        peft.get_peft_model(base.load(), config).save_pretrained(tmp_path / name)
+    with pytest.raises(InputError, match="or set form=model"):
+        quickly(tmp_path, "average", ["dora", "beside"], tmp_path / "out")

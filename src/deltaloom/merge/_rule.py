@@ -41,6 +41,11 @@ class TensorRule(ABC):
     unit: int = 1
     """Elements that no cut may part: every block is a whole multiple of it (a row's length, or the
     tensor's); memory is then at least one unit of the base and of every source."""
+    spare: int = 8
+    """Bytes per element of a block that `scan` and `write` allocate at most, where the numbers are
+    float32; twice as many where they are float64."""
+    held: int = 0
+    """Bytes that the rule holds for this tensor whatever the block."""
 
     def scan(self, number: int, block: Block) -> None:
         """See one block in scan `number`, counted from 0."""

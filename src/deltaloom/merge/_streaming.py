@@ -15,6 +15,7 @@ from pydantic import Field
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Merger, Sizes, Work
+from deltaloom.core.sizes import Bytes
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
@@ -32,6 +33,10 @@ class Streamed(Merger):
     block: int | None = Field(None, ge=256)
     """Elements handled at a time, the measure of memory; 262,144 when not given (measured). The
     result does not depend on it."""
+    memory: Bytes | None = None
+    """Bytes that all buffers together may take, as 256M: as many threads and as wide blocks as fit,
+    and refused before the work where no block of some tensor does. The program itself takes some
+    100 MB more. What `threads` and `block` ask for when not given; never changes the result."""
     shard_bytes: int = Field(5_000_000_000, ge=1)
     """Largest weights file in bytes."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
@@ -42,6 +47,7 @@ class Streamed(Merger):
         from deltaloom.merge._stream import BLOCK
 
         buffers = 4.0 * (self.block or BLOCK) * (sizes.deltas + 2) * (self.threads or 2)
+        buffers = min(buffers, float(self.memory or buffers))
         return Work(memory_bytes=buffers, disk_bytes=float(sizes.weight_bytes))
 
     def publish(self, base: Base, sources: Sequence[Path], rule: Rule, run: Run) -> Delta:
@@ -83,6 +89,7 @@ class Streamed(Merger):
             block=self.block or BLOCK,
             shard_bytes=self.shard_bytes,
             dtype=self.dtype,
+            memory=self.memory,
             progress=progress,
             resume=resume,
         )

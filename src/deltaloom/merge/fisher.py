@@ -18,6 +18,7 @@ and summed in float32, in one backward pass a batch.
 Not covered: a grid search for the lambda_i (the paper's, on validation data); experts behind a
 router, whose weights are averaged; Fishers kept from an earlier merge. Statistics take one float32
 per parameter, for one model at a time in memory and for all on disk.
+`memory` bounds the merge that follows.
 """
 
 from __future__ import annotations
@@ -128,15 +129,16 @@ class FisherMean(Rule):
 
     def begin(self, tensor: TensorEntry, models: int) -> FisherTensor:
         """See Rule."""
-        return FisherTensor(self, tensor)
+        return FisherTensor(self, tensor, models)
 
 
 class FisherTensor(TensorRule):
     """One tensor under `FisherMean`."""
 
-    def __init__(self, rule: FisherMean, tensor: TensorEntry):
+    def __init__(self, rule: FisherMean, tensor: TensorEntry, models: int):
         self.rule, self.name = rule, tensor.name
         self.known = all(tensor.name in folder for folder in rule.fishers)
+        self.spare = 12 * models + 16
 
     def write(self, block: Block) -> None:
         """Weigh and sum."""

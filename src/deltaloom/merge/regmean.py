@@ -17,6 +17,7 @@ has weights of its own; tied to the embeddings it is averaged with them.
 Not covered: Fisher weights for what is averaged; experts behind a router (averaged); matrices kept
 from an earlier merge. Statistics take n^2 numbers for every group of layers with the same n inputs,
 about as many as the model has parameters, for one model at a time in memory and for all on disk.
+`memory` bounds the merge that follows.
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ class RegressionTensor(TensorRule):
         self.rule, self.name, self.shape = rule, tensor.name, tensor.shape
         self.linear = all(tensor.name in about["gram_of"] for about in rule.about)
         self.unit = tensor.count if self.linear else 1
+        if self.linear:
+            self.spare = 64  # of float64: changes, right sides, what is found
+            side = rule.grams[0][rule.about[0]["gram_of"][tensor.name]].shape[0]
+            self.held = 10 * 8 * side**2  # products and their factors, or eigenvectors
 
     def write(self, block: Block) -> None:
         """Solve for the whole matrix, or average the block."""
