@@ -111,6 +111,7 @@ def test_the_bytes_that_a_refusal_names_are_enough(tmp_path, models):
     base, *deltas = models
     with pytest.raises(InputError) as caught:
         of("ties", memory=1000).merge_folders(base, deltas, tmp_path / "out")
+    of("ties").merge_folders(base, deltas, tmp_path / "free")  # compiles, and imports
     named = int(str(caught.value).split("takes ")[1].split(" bytes")[0].replace(",", ""))
     limited = of("ties", memory=named)
     assert peak(limited, base, deltas, tmp_path / "out") <= named + SLACK

@@ -85,13 +85,18 @@ def run(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
 
 @app.command()
 def plan(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
-    """What a recipe will take: time, memory, disk; loads no weights."""
+    """What a recipe will take: time, memory, disk; loads no weights. Checks what merges read."""
     from deltaloom.cli.show import plan_table
     from deltaloom.recipe.plan import plan_recipe
     from deltaloom.recipe.steps import parse_recipe, read_yaml
 
     checked = parse_recipe(read_yaml(recipe), str(recipe), parse_pairs(settings))
-    plan_table(plan_recipe(checked), json)
+    lines = plan_recipe(checked)
+    plan_table(lines, json)
+    problems = [text for one in lines for text in one.get("merging", {}).get("problems", ())]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}")
 
 
 @app.command()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltaloom.core.errors import InputError
+from deltaloom.core.method import Survey
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
@@ -19,6 +22,37 @@ def adapters_among(deltas: Sequence[Delta]) -> list[LowRank]:
     from deltaloom.core.deltas.lowrank import LowRank
 
     return [delta for delta in deltas if isinstance(delta, LowRank)]
+
+
+def survey_adapters(base: Path, folders: Sequence[Path], rank: int | None) -> Survey:
+    """What a plain sum of the adapters in `folders` will read and write."""
+    from deltaloom.core.base import Base
+    from deltaloom.core.deltas.lowrank import LowRank
+    from deltaloom.core.tensors import TensorFolder
+    from deltaloom.merge._survey import looked_at
+
+    found = [looked_at(folder, Base(model=str(base))) for folder in folders]
+    adapters = [one.delta for one in found if isinstance(one.delta, LowRank)]
+    ranks: dict[str, int] = {}
+    sides: dict[str, int] = {}
+    for adapter in adapters:
+        for name, own in adapter.factors.items():
+            ranks[name] = ranks.get(name, 0) + own.a.shape[0]
+            sides[name] = own.a.shape[1] + own.b.shape[0]
+    rest = {name: adapter.rest for adapter in adapters for name in adapter.rest.names()}
+    numbers = sum(min(ranks[name], rank or ranks[name]) * sides[name] for name in ranks)
+    numbers += sum(math.prod(own.shape(name)) for name, own in rest.items())
+    read = sum(TensorFolder(folder).nbytes for folder in folders)
+    return Survey(
+        product="adapter",
+        tensors=2 * len(ranks) + len(rest),
+        read_bytes=read,
+        written_bytes=4 * numbers,
+        passes=1,
+        memory_bytes=read + 8 * numbers,
+        problems=tuple(text for one in found for text in one.problems),
+        notes=tuple(text for one in found for text in one.notes),
+    )
 
 
 def merge_adapters(

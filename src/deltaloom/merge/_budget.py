@@ -41,6 +41,10 @@ class Need:
         """Bytes of the smallest block."""
         return self.held + self.each * self.least
 
+    def of(self, block: int) -> int:
+        """Bytes with blocks of `block` elements, or a unit where that is more."""
+        return self.held + self.each * max(block // self.unit * self.unit, self.unit)
+
     def block(self, share: int) -> int:
         """Elements of the largest block, a multiple of the unit, within `share` bytes."""
         return (share - self.held) // self.each // self.unit * self.unit

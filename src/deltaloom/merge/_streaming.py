@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Merger, Sizes, Work
+from deltaloom.core.method import Merger, Sizes, Survey, Work
 from deltaloom.core.sizes import Bytes
 
 if TYPE_CHECKING:
@@ -95,6 +96,13 @@ class Streamed(Merger):
         )
 
 
+    def survey(self, base: Path, deltas: Sequence[Path | None]) -> Survey:
+        """See Merger; the rule is known by then only where it needs no more than settings."""
+        from deltaloom.merge._survey import survey
+
+        return survey(self, base, deltas, list, None)
+
+
 class Streaming(Streamed):
     """A merger that is a rule on blocks of tensors. Subclasses are the methods, and final."""
 
@@ -105,6 +113,12 @@ class Streaming(Streamed):
     def sources(self, base: Path, deltas: list[Path]) -> list[Path]:
         """What the rule merges, in its order: the deltas, unless the method counts the base in."""
         return deltas
+
+    def survey(self, base: Path, deltas: Sequence[Path | None]) -> Survey:
+        """See Merger."""
+        from deltaloom.merge._survey import survey
+
+        return survey(self, base, deltas, partial(self.sources, base), self.rule)
 
     def merge(
         self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
@@ -171,8 +185,8 @@ def folders_of(deltas: Sequence[Delta], scratch: Path) -> list[Path]:
     return [_folder(delta, scratch / f"delta-{i}") for i, delta in enumerate(deltas)]
 
 
-def _folder(delta: Delta, scratch: Path) -> Path:
-    """A folder the engine can read: the delta's own, or `scratch` with the delta written to it."""
+def readable(delta: Delta) -> Path | None:
+    """The folder of a delta that the engine reads where it lies; None when there is none."""
     from deltaloom.core.deltas.dense import Dense, ModelChange
     from deltaloom.core.deltas.lowrank import LowRank
 
@@ -182,5 +196,15 @@ def _folder(delta: Delta, scratch: Path) -> Path:
         factor, change = delta.terms[0]
         if factor == 1.0 and isinstance(change, ModelChange):
             return change.tuned.path
+    return None
+
+
+def _folder(delta: Delta, scratch: Path) -> Path:
+    """A folder the engine can read: the delta's own, or `scratch` with the delta written to it."""
+    from deltaloom.core.deltas.dense import Dense
+
+    own = readable(delta)
+    if own is not None:
+        return own
     (delta if isinstance(delta, Dense) else Dense(delta.base, ((1.0, delta),))).save(scratch)
     return scratch

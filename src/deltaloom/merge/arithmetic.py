@@ -28,11 +28,13 @@ Not covered: densities or weights that differ by layer or by model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, final
 
 from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
+from deltaloom.core.method import Survey
 from deltaloom.merge._streaming import Streaming, shares
 
 if TYPE_CHECKING:
@@ -173,6 +175,15 @@ class Arithmetic(Streaming):
     @property
     def _plain(self) -> bool:
         return self.sparsify == "none" and not self.consensus
+
+    def survey(self, base: Path, deltas: Sequence[Path | None]) -> Survey:
+        """See Merger."""
+        from deltaloom.merge._adapters import survey_adapters
+
+        adapters = [one for one in deltas if one and (one / "adapter_config.json").is_file()]
+        if self._plain and self.form != "model" and len(adapters) == len(deltas) > 0:
+            return survey_adapters(base, adapters, self.rank)
+        return super().survey(base, deltas)
 
     def merge(
         self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
