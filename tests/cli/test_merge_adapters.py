@@ -87,8 +87,15 @@ def test_one_adapter_comes_back_itself(home, tmp_path, name, method):
 
 
 @pytest.mark.parametrize(
-    "names", [("lora", "rslora"), ("lora", "dora"), ("bias", "lora"), ("beside", "lora"), ("head", "rslora")]
-)  # fmt: skip
+    "names",
+    [
+        ("lora", "rslora"),
+        ("lora", "dora"),
+        ("bias", "lora"),
+        ("beside", "lora"),
+        ("head", "rslora"),
+    ],
+)
 def test_a_sum_reloads_in_peft_with_the_same_logits(home, tmp_path, names):
     out = quickly(home, "task_arithmetic", names, tmp_path / "out", "weights=[0.5,2]", "scale=0.7")
     wanted = by_weights(home, names, [0.35, 1.4])

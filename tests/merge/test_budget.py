@@ -49,7 +49,9 @@ def adapter(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     key = "base_model.model.large"
     a, b = torch.randn(16, COLUMNS), torch.randn(ROWS, 16)
-    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, folder / "adapter_model.safetensors"
+    )
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16}))
     return folder
 
@@ -100,7 +102,9 @@ def test_adapters_factors_count(tmp_path, models, adapter):
 @pytest.mark.parametrize("name", ["tsv", "della"])
 def test_what_stays_together_is_refused_by_name_before_anything_is_written(tmp_path, models, name):
     base, *deltas = models
-    needed = "'large.weight' of which no part" if name == "tsv" else "'wide.weight' of which no part"
+    needed = (
+        "'large.weight' of which no part" if name == "tsv" else "'wide.weight' of which no part"
+    )
     small = 60_000 if name == "della" else BUDGET
     with pytest.raises(InputError, match=f"tensor {needed} can be merged alone takes"):
         of(name, memory=small).merge_folders(base, deltas, tmp_path / "out")

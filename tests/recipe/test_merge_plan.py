@@ -3,11 +3,9 @@
 import json
 import shutil
 
-import numpy as np
 import peft
 import pytest
 import tiny
-import torch
 from safetensors.torch import load_file, save_file
 
 import deltaloom
@@ -137,7 +135,7 @@ def test_the_command_prints_the_plan_and_refuses_problems(home, tmp_path, capsys
     recipe.write_text(text % good)
     app(["plan", str(recipe)], standalone_mode=False)
     shown = capsys.readouterr().out
-    assert "x: 20 tensors of a model, reads" in shown
+    assert "x: 20 tensors, written as one model; reads" in shown
     assert "in at most 2 passes, writes" in shown
     recipe.write_text(text % bad)
     with pytest.raises(InputError, match="has shape"):

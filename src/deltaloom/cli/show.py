@@ -84,10 +84,10 @@ def plan_table(lines: list[dict[str, Any]], as_json: bool) -> None:
 def _merge_plan(name: str, merging: dict[str, Any]) -> None:
     """What headers say of a merge."""
     if "tensors" in merging:
+        read, written = (_bytes(merging[key]) for key in ("read_bytes", "written_bytes"))
         print(
-            f"{name}: {merging['tensors']} tensors of {'an' if merging['product'] == 'adapter' else 'a'} "
-            f"{merging['product']}, reads {_bytes(merging['read_bytes'])} in at most "
-            f"{merging['passes']} passes, writes {_bytes(merging['written_bytes'])}"
+            f"{name}: {merging['tensors']} tensors, written as one {merging['product']}; reads "
+            f"{read} in at most {merging['passes']} passes, writes {written}"
         )
     for key, title in (("absent", "not at hand"), ("problems", "problem"), ("notes", "note")):
         for text in merging.get(key, ()):

@@ -71,9 +71,7 @@ def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none"
-    )
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view(labels.shape).sum(1)
 
 

@@ -69,9 +69,7 @@ def _need(tensor: TensorEntry, sources: Sequence[Source], rule: Rule) -> Need:
     return Need(tensor.name, least, one.unit, each, held)
 
 
-def fitted(
-    needed: Mapping[str, Need], memory: int, threads: int
-) -> tuple[int, dict[str, int]]:
+def fitted(needed: Mapping[str, Need], memory: int, threads: int) -> tuple[int, dict[str, int]]:
     """Threads, at most `threads`, and elements a block by tensor, all within `memory` bytes.
 
     Raises InputError naming the tensor that takes more alone.

@@ -233,9 +233,9 @@ def merge_folders(
     are copied from the base. The output has the base's dtype tensor by tensor unless `dtype` (a
     torch name such as "bfloat16") is given for its float tensors; a tensor that no source changes
     is copied. The bytes of a tensor depend neither on `threads` (default: two, fewer on one core)
-    nor on `block` (elements) nor on how the inputs are cut into shards. `memory` bounds the bytes of
-    all buffers together; fewer threads and narrower blocks keep it. `progress` gets the bytes
-    of each tensor written. With `resume`, an interrupted call of the same inputs, rule and settings
+    nor on `block` (elements) nor on how the inputs are cut into shards. `memory` bounds the bytes
+    of all buffers together; fewer threads and narrower blocks keep it. `progress` gets the bytes of
+    each tensor written. With `resume`, an interrupted call of the same inputs, rule and settings
     is taken up: tensors that it wrote whole are not written again. Returns `out_folder`.
 
     Raises InputError for folders that cannot be merged, an output that is already there or a memory

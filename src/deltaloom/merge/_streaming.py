@@ -95,7 +95,6 @@ class Streamed(Merger):
             resume=resume,
         )
 
-
     def survey(self, base: Path, deltas: Sequence[Path | None]) -> Survey:
         """See Merger; the rule is known by then only where it needs no more than settings."""
         from deltaloom.merge._survey import survey

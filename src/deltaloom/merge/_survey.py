@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from deltaloom.merge._rule import Rule
     from deltaloom.merge._streaming import Streamed
 
+
 @dataclass
 class Looked:
     """One delta, looked at."""
@@ -95,8 +96,7 @@ def survey(
         tensors=len(stored),
         read_bytes=read,
         written_bytes=sum(
-            entry.count * DTYPES[type_of(entry.dtype, method.dtype)][0]
-            for entry in stored.values()
+            entry.count * DTYPES[type_of(entry.dtype, method.dtype)][0] for entry in stored.values()
         ),
         passes=passes,
         memory_bytes=memory,
@@ -132,9 +132,7 @@ def _tokens(delta: Path, base: Path) -> list[str]:
     ]
 
 
-def _reading(
-    stored: TensorFolder, sources: Sequence[Source], rule: Rule | None
-) -> tuple[int, int]:
+def _reading(stored: TensorFolder, sources: Sequence[Source], rule: Rule | None) -> tuple[int, int]:
     """Bytes read, again in every pass, and the largest number of passes."""
     total, most = 0, 1
     for tensor in stored.values():
@@ -153,9 +151,7 @@ def _reading(
     return total, most
 
 
-def _memory(
-    method: Streamed, stored: TensorFolder, sources: Sequence[Source], rule: Rule
-) -> int:
+def _memory(method: Streamed, stored: TensorFolder, sources: Sequence[Source], rule: Rule) -> int:
     """Bytes of all buffers, as wide as they may become."""
     needed = needs(stored, sources, rule)
     threads = method.threads or min(2, os.cpu_count() or 1)

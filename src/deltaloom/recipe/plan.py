@@ -49,7 +49,10 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         flops = work.flops(sizes.matmul_parameters)
         merging = _merging(planned, steps) if isinstance(planned.step, MergeStep) else None
         if merging and merging.get("memory_bytes") is not None:
-            exact = {"memory_bytes": merging["memory_bytes"], "disk_bytes": merging["written_bytes"]}
+            exact = {
+                "memory_bytes": merging["memory_bytes"],
+                "disk_bytes": merging["written_bytes"],
+            }
             work = replace(work, **exact)
         lines.append(
             {
