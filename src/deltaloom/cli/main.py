@@ -60,7 +60,7 @@ def tune(method: MethodName, settings: Pairs = None, json: Json = False) -> None
 @app.command()
 def merge(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
     """Merge deltas of one base: base=, deltas=[A,B], out=."""
-    # No merge multiplies matrices by BLAS, and its threads take CPU time to start and to wait.
+    # Mergers have threads of their own; BLAS's take CPU time to start and to wait.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _one_step("merge", method, settings, json)
 

@@ -60,7 +60,7 @@ class Base(Spec):
             ) from None
 
     def at_hand(self) -> Path | None:
-        """Local folder of the files if nothing needs to be downloaded for it, else None."""
+        """Local folder of the files if no weights need to be downloaded for it, else None."""
         path = Path(self.model).expanduser()
         if path.is_dir():
             return path
@@ -71,7 +71,8 @@ class Base(Spec):
             found = snapshot_download(self.model, revision=self.revision, local_files_only=True)
         except (OSError, HFValidationError):  # not in the hub's cache, or no hub id
             return None
-        return Path(found)
+        # a look at the config alone leaves a folder in the cache, too
+        return Path(found) if any(Path(found).glob("*.safetensors")) else None
 
     def check(self) -> None:
         """Raise InputError when config, weights (each shard) or tokenizer files are missing."""

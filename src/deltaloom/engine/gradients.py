@@ -185,7 +185,7 @@ def mean_squares(
 
         def add(name: str, found: Rows) -> None:
             own = found.whole().to(sums[name].dtype)
-            sums[name] += own.square_().sum(0)
+            sums[name] += own.square_().sum(0)  # in place, as nobody else has them
 
         for numbers, values in _losses(model, taps, largest, rows, pad_id, loss):
             taps.backward(values, add)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.core.encoding import Encoded
+from deltaloom.core.errors import InputError
 from deltaloom.engine.forward import TOKENS_PER_BATCH, budgeted, device_of
 from deltaloom.engine.train import collate
 
@@ -44,7 +45,7 @@ def input_grams(
 
     Memory beside the model: in x in numbers per group of modules with one input. A module that no
     forward pass calls has no entry. The same call gives the same bytes. `on_batch` gets rows and
-    tokens of each batch. Raises ValueError for a module that sees other tokens than the rows', as
+    tokens of each batch. Raises InputError for a module that sees other tokens than the rows', as
     experts behind a router do.
     """
     model.eval()
@@ -112,7 +113,10 @@ class _Tap:
     def _add(self, name: str, given: Tensor) -> None:
         flat = given.reshape(-1, given.shape[-1])  # (b T, in)
         if len(flat) != len(self.real):
-            raise ValueError(f"{name} sees {len(flat)} tokens of a batch of {len(self.real)}")
+            raise InputError(
+                f"{name} sees {len(flat)} tokens of a batch of {len(self.real)}: which of them are "
+                "padding is not known, so its inputs have no Gram matrix"
+            )
         real = flat[self.real]
         real = real.to(torch.promote_types(real.dtype, torch.float32))
         product = real.T @ real

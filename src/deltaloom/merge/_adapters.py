@@ -25,7 +25,7 @@ def adapters_among(deltas: Sequence[Delta]) -> list[LowRank]:
 
 
 def survey_adapters(base: Path, folders: Sequence[Path], rank: int | None) -> Survey:
-    """What a plain sum of the adapters in `folders` will read and write."""
+    """What a plain sum of the adapters in `folders` will read and write, less DoRA's magnitudes."""
     from deltaloom.core.base import Base
     from deltaloom.core.deltas.lowrank import LowRank
     from deltaloom.core.tensors import TensorFolder

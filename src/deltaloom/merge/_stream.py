@@ -51,10 +51,11 @@ class Workspace:
         if self.raw.size < 8 * n:
             self.raw = self.scratch = np.empty(0, np.uint8)
             self.raw, self.scratch = np.empty(8 * n, np.uint8), np.empty(4 * n, np.uint8)
-        if self.floats.size < (k + 2) * n * dtype.itemsize:
+        wanted = (k + 2) * n * dtype.itemsize
+        if self.floats.size < wanted:
             self.floats = np.empty(0, np.uint8)
-            self.floats = np.empty((k + 2) * n * dtype.itemsize, np.uint8)
-        flat = self.floats.view(dtype)
+            self.floats = np.empty(wanted, np.uint8)
+        flat = self.floats[:wanted].view(dtype)
         # cut so that `models` is contiguous for every n: one compiled form of each kernel
         models = flat[: k * n].reshape(k, n)
         base, out = flat[k * n : (k + 1) * n], flat[(k + 1) * n : (k + 2) * n]

@@ -35,9 +35,9 @@ class Streamed(Merger):
     """Elements handled at a time, the measure of memory; 262,144 when not given (measured). The
     result does not depend on it."""
     memory: Bytes | None = None
-    """Bytes that all buffers together may take, as 256M: as many threads and as wide blocks as fit,
-    and refused before the work where no block of some tensor does. The program itself takes some
-    100 MB more. What `threads` and `block` ask for when not given; never changes the result."""
+    """Bytes that the merge's buffers may take together, as 256M: as many threads and as wide blocks
+    as fit, and refused before the work where no block of some tensor does. All that `threads` and
+    `block` ask for when not given. The result does not depend on it."""
     shard_bytes: int = Field(5_000_000_000, ge=1)
     """Largest weights file in bytes."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None

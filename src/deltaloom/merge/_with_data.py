@@ -116,8 +116,11 @@ class WithData(Streamed):
         whole = delta if isinstance(delta, Dense) else Dense(delta.base, ((1.0, delta),))
         model = whole.apply(delta.base)
         with progress(f"{file.stem}, rows", len(rows)) as advance:
+
+            def on_batch(done: int, _: int) -> None:
+                advance(done)
+
             known = names_of(model, delta.base.folder)
-            on_batch = lambda done, _: advance(done)  # noqa: E731
             found = self.statistics(Specialist(model, rows, pad_id, known, on_batch), seed, run)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in found.tensors.items()}
         about = {"about": json.dumps(found.about)}
