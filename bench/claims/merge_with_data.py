@@ -6,8 +6,8 @@ Three specialists of stories260K (full tuning on fables, on tales and on Shakesp
 every way, the data of a merge being the rows that each specialist was tuned on. Measured is the
 loss per token on held-out rows of the three, and its mean. A seed draws other rows and another
 order of tuning; values are compared within a seed, intervals are Student's t over seeds. Settings
-of the methods are their defaults; beside RegMean's alpha of 0.9 stands the paper's other one, 0.1,
-and beside Fisher's drawn labels the data's.
+of the methods are their defaults; beside RegMean's alpha of 0.9 stands 0.1, which its authors'
+configurations have too, and beside Fisher's drawn labels the data's.
 """
 
 from __future__ import annotations

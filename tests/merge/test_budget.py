@@ -156,3 +156,21 @@ def test_sizes_as_people_write_them(text, number):
 def test_no_sizes(text):
     with pytest.raises(InputError, match="memory"):
         get("merge", "ties").make({"memory": text})
+
+
+def test_mergekits_command_takes_it_as_a_flag(tmp_path, models):
+    from deltaloom.cli.main import app
+
+    base, one, two, _ = models
+    config = tmp_path / "c.yml"
+    listed = "".join(f"  - {{model: {path}, parameters: {{weight: 1}}}}\n" for path in (one, two))
+    config.write_text(f"merge_method: ties\nbase_model: {base}\nmodels:\n{listed}")
+    for words, name in (([], "free"), (["--max-memory", "6M"], "limited")):
+        app(["mergekit", str(config), str(tmp_path / name), *words], standalone_mode=False)
+    assert content(tmp_path / "free") == content(tmp_path / "limited")
+    with pytest.raises(InputError, match="tensor 'wide.weight' takes 311,296 bytes"):
+        app(
+            ["mergekit", str(config), str(tmp_path / "no"), "--max-memory", "1K"],
+            standalone_mode=False,
+        )
+    assert not (tmp_path / "no").exists()

@@ -188,3 +188,25 @@ def test_another_number_of_data_is_refused_before_anything_is_loaded(tmp_path):
     base, folders, data = specialists.make(tmp_path)
     with pytest.raises(InputError, match="data has 1 inputs for 2 deltas"):
         merged(tmp_path, base, folders, data[:1])
+
+
+def test_statistics_that_are_there_are_not_made_again(tmp_path, monkeypatch):
+    base, folders, data = specialists.make(tmp_path)
+    own, seen = Regmean.statistics, []
+
+    def failing(self, specialist, seed, run):
+        seen.append(seed)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return own(self, specialist, seed, run)
+
+    monkeypatch.setattr(Regmean, "statistics", failing)
+    deltas = [load(folder, base) for folder in folders]
+    method, run = Regmean(), tiny.run_in(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        method.merge(base, deltas, run, data=data)
+    method.merge(base, deltas, run, data=data)
+    assert seen == [0, 1, 1]
+    whole = merged(tmp_path / "whole", base, folders, data)
+    got = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(got[name], whole[name]) for name in whole)
