@@ -89,10 +89,8 @@ class WithData(Streamed):
         stored = TensorFolder(base.folder)
         for folder in folders:
             open_source(folder).check(stored)
-        tokenizer, limit = (
-            base.tokenizer(),
-            min(self.max_length or base.max_length, base.max_length),
-        )
+        tokenizer = base.tokenizer()
+        limit = min(self.max_length or base.max_length, base.max_length)
         rows = [encode(one, tokenizer, limit) for one in data]
         run.note(tokens=[sum(len(row.input_ids) for row in own) for own in rows])
         files = [run.work / f"statistics-{i}.safetensors" for i in range(len(deltas))]
