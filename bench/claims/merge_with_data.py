@@ -43,7 +43,7 @@ CHARACTERS = 480
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed of few rows")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
     options = parser.parse_args()
     if not os.environ.get("DELTALOOM_ASSETS"):
