@@ -78,6 +78,7 @@ class WithData(Streamed):
         """
         from deltaloom.core.encoding import encode
         from deltaloom.core.tensors import TensorFolder
+        from deltaloom.engine.forward import padding_token
         from deltaloom.merge._sources import open_source
 
         if len(data) != len(deltas):
@@ -93,11 +94,12 @@ class WithData(Streamed):
         limit = min(self.max_length or base.max_length, base.max_length)
         rows = [encode(one, tokenizer, limit) for one in data]
         run.note(tokens=[sum(len(row.input_ids) for row in own) for own in rows])
+        pad_id = padding_token(tokenizer)
         files = [run.work / f"statistics-{i}.safetensors" for i in range(len(deltas))]
         for i, file in enumerate(files):
             if not file.exists():
                 seed = run.seed * len(files) + i
-                self._measure(deltas[i], rows[i], tokenizer.pad_token_id, seed, file, run)
+                self._measure(deltas[i], rows[i], pad_id, seed, file, run)
         return self.publish(base, folders, self.rule(files), run)
 
     def _measure(
