@@ -60,7 +60,7 @@ def tune(method: MethodName, settings: Pairs = None, json: Json = False) -> None
 @app.command()
 def merge(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
     """Merge deltas of one base: base=, deltas=[A,B], out=."""
-    # No merge multiplies matrices by BLAS, and its threads take CPU time to start and to wait.
+    # Mergers have threads of their own; BLAS's take CPU time to start and to wait.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _one_step("merge", method, settings, json)
 
@@ -85,13 +85,18 @@ def run(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
 
 @app.command()
 def plan(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
-    """What a recipe will take: time, memory, disk; loads no weights."""
+    """What a recipe will take: time, memory, disk; loads no weights. Checks what merges read."""
     from deltaloom.cli.show import plan_table
     from deltaloom.recipe.plan import plan_recipe
     from deltaloom.recipe.steps import parse_recipe, read_yaml
 
     checked = parse_recipe(read_yaml(recipe), str(recipe), parse_pairs(settings))
-    plan_table(plan_recipe(checked), json)
+    lines = plan_recipe(checked)
+    plan_table(lines, json)
+    problems = [text for one in lines for text in one.get("merging", {}).get("problems", ())]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}")
 
 
 @app.command()

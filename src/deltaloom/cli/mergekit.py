@@ -84,6 +84,7 @@ def mergekit(words: Words = None) -> None:
                     options.out_shard_size,
                     yaml=options.config.read_bytes(),
                     tokenizer=options.copy_tokenizer,
+                    memory=options.max_memory,
                     progress=advance,
                 )
             _say([f"{one.place}: {note}" for note in notes], quiet=False)
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--random-seed", type=int, default=0, help="seed of random choices")
     parser.add_argument("-j", "--num-threads", type=int, help="threads over tensors (two)")
     parser.add_argument("--out-shard-size", type=_size, default="5B", help="bytes, as 500M or 5B")
+    parser.add_argument("--max-memory", type=_size, help="bytes of all buffers, as 256M")
     both = argparse.BooleanOptionalAction
     parser.add_argument(
         "--copy-tokenizer", action=both, default=True, help="give the output a tokenizer"

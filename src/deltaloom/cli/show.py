@@ -74,8 +74,24 @@ def plan_table(lines: list[dict[str, Any]], as_json: bool) -> None:
             f"{_seconds(one['seconds_at_least']):>9} {_bytes(one['memory_bytes']):>9} "
             f"{_bytes(one['disk_bytes'])}"
         )
+    for one in lines:
+        if "merging" in one:
+            _merge_plan(one["name"], one["merging"])
     print("Times are lower bounds, at this machine's float32 matrix speed; memory is weights,")
     print("gradients and optimizer, without activations.")
+
+
+def _merge_plan(name: str, merging: dict[str, Any]) -> None:
+    """What headers say of a merge."""
+    if "tensors" in merging:
+        read, written = (_bytes(merging[key]) for key in ("read_bytes", "written_bytes"))
+        print(
+            f"{name}: {merging['tensors']} tensors, written as one {merging['product']}; reads "
+            f"{read} in at most {merging['passes']} passes, writes {written}"
+        )
+    for key, title in (("absent", "not at hand"), ("problems", "problem"), ("notes", "note")):
+        for text in merging.get(key, ()):
+            print(f"  {title}: {text}")
 
 
 def _about(record: dict[str, Any]) -> dict[str, Any]:

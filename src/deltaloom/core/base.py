@@ -59,6 +59,21 @@ class Base(Spec):
                 f"{self.model}: neither a local folder nor a reachable hub model ({first})"
             ) from None
 
+    def at_hand(self) -> Path | None:
+        """Local folder of the files if no weights need to be downloaded for it, else None."""
+        path = Path(self.model).expanduser()
+        if path.is_dir():
+            return path
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = snapshot_download(self.model, revision=self.revision, local_files_only=True)
+        except (OSError, HFValidationError):  # not in the hub's cache, or no hub id
+            return None
+        # a look at the config alone leaves a folder in the cache, too
+        return Path(found) if any(Path(found).glob("*.safetensors")) else None
+
     def check(self) -> None:
         """Raise InputError when config, weights (each shard) or tokenizer files are missing."""
         self._check_model()

@@ -72,6 +72,25 @@ class Work:
         return tokens * matmul_parameters
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What file headers say of a merge before it runs."""
+
+    product: str
+    """What will be written: a model or an adapter."""
+    tensors: int
+    read_bytes: int
+    written_bytes: int
+    passes: int
+    """Times that the weights are read, at most."""
+    memory_bytes: int | None = None
+    """Bytes of the buffers; None where only `Work` has an estimate."""
+    problems: tuple[str, ...] = ()
+    """Why it will be refused."""
+    notes: tuple[str, ...] = ()
+    """What is worth a look."""
+
+
 class Method(Spec):
     """A way to do one verb. Subclasses below are abstract per verb; every method is final."""
 
@@ -136,6 +155,12 @@ class Merger(Method):
         self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
     ) -> Delta:
         """Merge; the result is written to `run.folder`. `data` has one Examples per name given."""
+
+    def survey(self, base: Path, deltas: Sequence[Path | None]) -> Survey | None:
+        """What headers say of merging `deltas` over `base`, local folders, None for those that are
+        not at hand; None when the method cannot tell.
+        """
+        return None
 
 
 class Measurer(Method):

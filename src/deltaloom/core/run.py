@@ -109,7 +109,9 @@ class Run:
                 record = _new_record(recipe, inputs, seed)
             run = cls(folder, record, lock)
             run._made = (new, fresh)
-            if not run.done:
+            if run.done:  # it may have been killed before it removed its scratch
+                shutil.rmtree(folder / ".work", ignore_errors=True)
+            else:
                 run.record["status"] = "running"
                 run.save()
                 write_text(folder / "recipe.yaml", _yaml(replay or recipe))

@@ -36,6 +36,27 @@ def mean_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Each row's cross-entropy summed over its labelled tokens, (b,)."""
+    logits, labels = _predictions(model, batch)
+    return _summed(logits, labels)
+
+
+def sampled_loss(generator: torch.Generator) -> Loss:
+    """As `summed_loss`, of labels drawn from the model's own predictions, one per labelled token.
+
+    The rows' tokens stay what each token is predicted from.
+    """
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        logits, labels = _predictions(model, batch)
+        chances = logits.detach().softmax(-1).flatten(0, 1)  # (b kept, V)
+        drawn = torch.multinomial(chances, 1, generator=generator).view(labels.shape)
+        return _summed(logits, torch.where(labels == -100, labels, drawn))
+
+    return loss
+
+
+def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (b, kept, V), float32 or more, at positions that predict some row's label; labels."""
     labels = batch["labels"][:, 1:]  # (b, T - 1)
     options: dict[str, Any] = {"use_cache": False}
     kept = torch.arange(labels.shape[1], device=labels.device)
@@ -45,10 +66,12 @@ def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         labels = labels[:, kept]
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
-    ).logits[:, : len(kept)]  # (b, kept, V)
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), reduction="none"
-    )
+    ).logits[:, : len(kept)]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view(labels.shape).sum(1)
 
 
@@ -135,3 +158,44 @@ def _check(gradients: Tensor, rows: Sequence[Encoded]) -> None:
             f"row {row.id!r} has a gradient that is not finite; look at that row, or use a "
             "float32 model"
         )
+
+
+def mean_squares(
+    model: Any,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    names: Sequence[str],
+    *,
+    loss: Loss = summed_loss,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Per parameter the mean over the rows of the squared gradient of each row's loss.
+
+    Float64 for float64 parameters, else float32, in the parameter's shape and on the model's
+    device: as much memory as the parameters in that type, beside one parameter's gradients for a
+    batch. `on_batch` gets rows and tokens. Raises as `per_example` does.
+    """
+    with Taps(model, names) as taps:
+        sums = {
+            name: torch.zeros(shape, dtype=torch.promote_types(kind, torch.float32), device=where)
+            for name, shape in taps.shapes.items()
+            for kind, where in [_home(model.get_parameter(name))]
+        }
+        largest = max(shape.numel() for shape in taps.shapes.values())
+
+        def add(name: str, found: Rows) -> None:
+            own = found.whole().to(sums[name].dtype)
+            sums[name] += own.square_().sum(0)  # in place, as nobody else has them
+
+        for numbers, values in _losses(model, taps, largest, rows, pad_id, loss):
+            taps.backward(values, add)
+            if not torch.isfinite(values).all():
+                row = rows[numbers[int((~torch.isfinite(values)).nonzero()[0])]]
+                raise WorkError(f"row {row.id!r} has a loss that is not finite")
+            if on_batch is not None:
+                on_batch(len(numbers), sum(len(rows[i].input_ids) for i in numbers))
+    return {name: total.div_(len(rows)) for name, total in sums.items()}
+
+
+def _home(parameter: Tensor) -> tuple[torch.dtype, torch.device]:
+    return parameter.dtype, parameter.device

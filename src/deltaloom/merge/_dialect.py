@@ -98,6 +98,8 @@ class EachTensor(TensorRule):
         active = [part for part in self.parts if part is not None]
         self.scans = max((part.scans for part in active), default=0)
         self.unit = max((part.unit for part in active), default=1)
+        self.spare = 4 + max((part.spare for part in (*active, self.last)), default=0)
+        self.held = self.last.held + sum(part.held for part in active)
 
     def scan(self, number: int, block: Block) -> None:
         """Let every part that still scans see its change."""

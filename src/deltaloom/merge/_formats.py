@@ -54,5 +54,5 @@ def same_numbers(a: TensorFolder, name: str, b: TensorFolder, other: str) -> boo
     return True
 
 
-def _pieces(count: int, step: int = 1 << 20) -> list[tuple[int, int]]:
+def _pieces(count: int, step: int = 1 << 16) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]

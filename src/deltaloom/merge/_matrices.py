@@ -23,6 +23,11 @@ Combine = Callable[[np.ndarray], np.ndarray]
 """Changes (k, rows, columns) -> the merged change (rows, columns), in their dtype."""
 
 
+MATRICES = 27
+"""Matrices held per thread beside one of every source: buffers of the engine, singular vectors and
+LAPACK's own room (measured with three sources: 30 in all for TSV, 24 for Iso-C)."""
+
+
 class Matrices(Rule):
     """base + scale * combine(changes) for matrices, base + scale * mean of changes for the rest."""
 
@@ -42,6 +47,7 @@ class MatrixTensor(TensorRule):
         self.shape = tensor.shape
         self.whole = len(tensor.shape) == 2 and not tensor.name.endswith(EMBEDDINGS + HEADS)
         self.unit = tensor.count if self.whole else 1
+        self.spare = 4 * MATRICES if self.whole else 8
 
     def write(self, block: Block) -> None:
         """Merge the whole matrix, or average the block."""
@@ -57,12 +63,11 @@ class MatrixTensor(TensorRule):
 def planned(blocks: Work, sizes: Sizes, threads: int | None) -> Work:
     """`blocks` with the memory of whole matrices in place of blocks.
 
-    Per thread that is one matrix of every source and 27 more (buffers of the engine, singular
-    vectors and LAPACK's own room; measured with three sources: 30 for TSV, 24 for Iso-C), 4 bytes
-    an element. The largest is guessed: N parameters in matrices whose
+    Per thread that is one matrix of every source and `MATRICES` more, 4 bytes an element. The
+    largest is guessed: N parameters in matrices whose
     sides sum to s are as of squares of side 2 N / s, and feed-forward ones have twice the elements.
     """
     side = 2.0 * sizes.matmul_parameters / max(sizes.linear_sides, 1)
     elements = min(2.0 * side**2, float(sizes.matmul_parameters))
-    matrices = 4.0 * elements * (sizes.deltas + 27) * (threads or 2)
+    matrices = 4.0 * elements * (sizes.deltas + MATRICES) * (threads or 2)
     return replace(blocks, memory_bytes=blocks.memory_bytes + matrices)

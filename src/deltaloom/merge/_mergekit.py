@@ -121,6 +121,7 @@ class Job:
         *,
         yaml: bytes,
         tokenizer: bool = True,
+        memory: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
         """Merge into the new folder `out`, beside a copy of the `yaml`; returns notes for the user.
@@ -147,6 +148,7 @@ class Job:
             threads=threads,
             shard_bytes=shard_bytes,
             dtype=checked.dtype,
+            memory=memory,
             progress=progress,
         )
         return notes

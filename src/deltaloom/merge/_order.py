@@ -25,6 +25,11 @@ class OrderStatistics:
         """After two scans: per rank the magnitude bits (31) of its element."""
         self._counts = {0: np.zeros(kernels.HIGH_BINS, np.int64)}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held at most: the bins of both scans, when the second's take the first's place."""
+        return 8 * (kernels.HIGH_BINS + len(self.bits) * kernels.LOW_BINS)
+
     def count(self, number: int, bits: np.ndarray) -> None:
         """See one block of float32 as uint32 (n,) in scan 0 or 1."""
         if number == 0:

@@ -43,6 +43,11 @@ class TensorRule(ABC):
     tensor's); memory is then at least one unit of the base and of every source."""
     takes_bits: bool = False
     """Whether `write_bits` can do the work where all is stored as bfloat16."""
+    spare: int = 8
+    """Bytes per element of a block that `scan` and `write` allocate at most, where the numbers are
+    float32; twice as many where they are float64."""
+    held: int = 0
+    """Bytes that the rule holds for this tensor whatever the block."""
 
     def scan(self, number: int, block: Block) -> None:
         """See one block in scan `number`, counted from 0."""

@@ -75,8 +75,10 @@ class SelectiveTensor(TensorRule):
             top = min(int(gamma * tensor.count), tensor.count - kept)
             ranks = [top + kept, top] if top else [kept]
             self.orders = [OrderStatistics(ranks) for _ in range(models)]
+            self.held = sum(order.nbytes for order in self.orders)
             self.scans = 2
         if self.spec.sparsify == "ranked":
+            self.spare = 40  # magnitudes, their order, the chances, and the same again in flight
             self.unit = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.count
         self.keys = [_key(rule.seed, tensor.name, i) for i in range(models)]
 

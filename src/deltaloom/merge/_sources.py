@@ -56,6 +56,11 @@ class Part(Protocol):
     gives_change: bool
     """Whether `fill` gives the change over the base rather than the value."""
 
+    @property
+    def held(self) -> int:
+        """Bytes that this took at most to open and keeps while it is read."""
+        ...
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """out (n,) float = flat elements start..start+n; scratch is at least 8n bytes, uint8."""
         ...
@@ -82,6 +87,7 @@ class StoredPart:
     folder: TensorFolder
     tensor: TensorEntry
     gives_change: bool = False
+    held: int = 0
 
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
@@ -102,6 +108,11 @@ class ProductPart:
     right: np.ndarray
     scale: float
     gives_change: bool = True
+
+    @property
+    def held(self) -> int:
+        """The factors in float32; as they are read also as bytes, and turned where stored so."""
+        return 3 * (self.left.nbytes + self.right.nbytes)
 
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""

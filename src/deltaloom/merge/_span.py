@@ -126,6 +126,8 @@ class SpanTensor(TensorRule):
         self.pairs = [(i, j) for i in range(models) for j in range(i, models)]
         self.lanes = np.zeros((len(self.pairs), LANES))
         self.weights = np.zeros((0, models))
+        # the products, and some of their size in finding the weights
+        self.held = 4 * self.gram.nbytes + 8 * self.lanes.nbytes
 
     def scan(self, number: int, block: Block) -> None:
         """Add to the inner products."""

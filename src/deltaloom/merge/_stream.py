@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.tensors import DTYPES, TensorEntry, TensorFolder, TensorWriter
+from deltaloom.merge._budget import fitted, needs
 from deltaloom.merge._formats import FLOATS, narrow, same_bytes
 from deltaloom.merge._output import JOURNAL, copy_companions, published, start_of_machine
 from deltaloom.merge._rule import Block, Rule, TensorRule
@@ -37,24 +38,24 @@ gain in cache (measured: 64k, 128k, 256k, 512k and 1M elements)."""
 
 
 class Workspace:
-    """The buffers of one thread, for `models` sources and blocks of `size` elements."""
+    """The buffers of one thread, for `models` sources, as wide as the widest block so far."""
 
-    def __init__(self, models: int, size: int):
+    def __init__(self, models: int):
         self.models = models
-        self._grow(size)
-
-    def _grow(self, size: int) -> None:
-        self.size = size
-        self.raw = np.empty(8 * size, np.uint8)
-        self.floats: dict[np.dtype, np.ndarray] = {}
+        self.raw = self.floats = np.empty(0, np.uint8)
 
     def block(self, start: int, n: int, dtype: np.dtype) -> Block:
         """Views for n elements; what they hold is left over."""
-        if n > self.size:
-            self._grow(n)
-        if dtype not in self.floats:
-            self.floats[dtype] = np.empty((self.models + 2) * self.size, dtype)
-        flat, k = self.floats[dtype], self.models
+        k = self.models
+        # the old goes before the new comes
+        if self.raw.size < 8 * n:
+            self.raw = np.empty(0, np.uint8)
+            self.raw = np.empty(8 * n, np.uint8)
+        wanted = (k + 2) * n * dtype.itemsize
+        if self.floats.size < wanted:
+            self.floats = np.empty(0, np.uint8)
+            self.floats = np.empty(wanted, np.uint8)
+        flat = self.floats[:wanted].view(dtype)
         # cut so that `models` is contiguous for every n: one compiled form of each kernel
         models = flat[: k * n].reshape(k, n)
         base, out = flat[k * n : (k + 1) * n], flat[(k + 1) * n : (k + 2) * n]
@@ -71,6 +72,8 @@ class Merge:
     writer: TensorWriter
     block: int
     stop: threading.Event
+    blocks: Mapping[str, int]
+    """Elements a block of the tensors whose blocks are narrower than `block`."""
     journal: Path
     """The start of the machine, then the names of the tensors that are written whole, by line."""
 
@@ -129,7 +132,8 @@ class Merge:
     def _blocks(
         self, tensor: TensorEntry, space: Workspace, work: np.dtype, unit: int = 1
     ) -> Iterator[Block]:
-        size = max(self.block // unit, 1) * unit
+        widest = min(self.block, self.blocks.get(tensor.name, self.block))
+        size = max(widest // unit, 1) * unit
         start, stop = 0, size
         if unit == 1:
             # cut where the output file has round positions: a page written in halves costs twice
@@ -188,7 +192,7 @@ class Merge:
 
         def one(name: str) -> None:
             if not hasattr(local, "space"):
-                local.space = Workspace(len(self.sources), self.block)
+                local.space = Workspace(len(self.sources))
             try:
                 self.tensor(name, local.space)
                 with lock:
@@ -244,6 +248,7 @@ def merge_folders(
     block: int = BLOCK,
     shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
+    memory: int | None = None,
     progress: Callable[[int], None] | None = None,
     resume: bool = False,
 ) -> Path:
@@ -253,12 +258,13 @@ def merge_folders(
     are copied from the base. The output has the base's dtype tensor by tensor unless `dtype` (a
     torch name such as "bfloat16") is given for its float tensors; a tensor that no source changes
     is copied. The bytes of a tensor depend neither on `threads` (default: two, fewer on one core)
-    nor on `block` (elements) nor on how the inputs are cut into shards. `progress` gets the bytes
-    of each tensor written. With `resume`, an interrupted call of the same inputs, rule and settings
+    nor on `block` (elements) nor on how the inputs are cut into shards. `memory` bounds the bytes
+    of all buffers together; fewer threads and narrower blocks keep it. `progress` gets the bytes of
+    each tensor written. With `resume`, an interrupted call of the same inputs, rule and settings
     is taken up: tensors that it wrote whole are not written again. Returns `out_folder`.
 
-    Raises InputError for folders that cannot be merged or an output that is already there,
-    WorkError when another process writes the same output.
+    Raises InputError for folders that cannot be merged, an output that is already there or a memory
+    that no block of some tensor fits, WorkError when another process writes the same output.
     """
     base = TensorFolder(base_folder)
     sources = [open_source(folder) for folder in source_folders]
@@ -286,6 +292,7 @@ def merge_folders(
         block=block,
         shard_bytes=shard_bytes,
         dtype=dtype,
+        memory=memory,
         progress=progress,
         resume=resume,
     )
@@ -302,6 +309,7 @@ def write_merge(
     block: int = BLOCK,
     shard_bytes: int,
     dtype: str | None,
+    memory: int | None = None,
     progress: Callable[[int], None] | None,
     resume: bool = False,
 ) -> Path:
@@ -310,14 +318,19 @@ def write_merge(
     `base` is a TensorFolder or something that reads like one.
     """
     out = Path(out_folder)
+    threads = threads or min(2, os.cpu_count() or 1)
+    blocks: dict[str, int] = {}
+    if memory is not None:
+        threads, blocks = fitted(needs(base, sources, rule), memory, threads)
     layout = [(name, type_of(entry.dtype, dtype), entry.shape) for name, entry in base.items()]
     with published(out, resume) as folder:
         journal = folder / JOURNAL
         writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
         try:
             dress(folder)
-            job = Merge(base, list(sources), rule, writer, block, threading.Event(), journal)
-            job.run(threads or min(2, os.cpu_count() or 1), progress)
+            stop = threading.Event()
+            job = Merge(base, list(sources), rule, writer, block, stop, blocks, journal)
+            job.run(threads, progress)
             journal.unlink(missing_ok=True)
             writer.finish()
         finally:

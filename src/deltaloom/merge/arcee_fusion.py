@@ -67,6 +67,8 @@ class FusionTensor(TensorRule):
         self.divergence = np.zeros((count // self.unit, 1), np.float32)
         self.order = OrderStatistics([count - int(q * (count - 1)) for q in (0.25, 0.5, 0.75)])
         self.threshold = np.float32(0)
+        self.spare = 24
+        self.held = self.divergence.nbytes + self.order.nbytes
 
     def scan(self, number: int, block: Block) -> None:
         """Count importances by their bits."""

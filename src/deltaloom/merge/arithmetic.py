@@ -19,20 +19,29 @@ compared in float32. mergekit rounds changes and weights to the model's dtype in
 unstable sort choose among equal magnitudes, and rescales DARE and DELLA by a ratio of L1 norms
 where this divides by the probability of each element, as the papers do. A row is the last axis, and
 a vector is one row. DARE's and DELLA's draws are Philox4x32-10 in counter mode keyed by (seed,
-tensor name, place in the list), so they depend on nothing else.
+tensor name, place in the list), so they depend on nothing else. A plain sum of adapters is an
+adapter, its factors side by side, with nothing of the product ever made.
 
 Not covered: densities or weights that differ by layer or by model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, final
 
 from pydantic import Field, model_validator
 
+from deltaloom.core.errors import InputError
+from deltaloom.core.method import Survey
 from deltaloom.merge._streaming import Streaming, shares
 
 if TYPE_CHECKING:
+    from deltaloom.core.base import Base
+    from deltaloom.core.delta import Delta
+    from deltaloom.core.examples import Examples
+    from deltaloom.core.run import Run
     from deltaloom.merge._rules import Linear, Selective
 
 # Row -> what it is, where it comes from, and the fields whose defaults differ from the class's.
@@ -135,11 +144,25 @@ class Arithmetic(Streaming):
     4); task arithmetic tunes it, often to 0.3 - 0.5 (its section 4)."""
     weights: list[float] | None = None
     """One weight per delta, in their order; all 1 when not given."""
+    form: Literal["auto", "adapter", "model"] = "auto"
+    """What is written. auto writes one PEFT adapter where every delta is a low-rank adapter and the
+    sum is plain (neither sparsify nor consensus), without a look at the base's weights but for
+    DoRA's; else a model. adapter refuses anything that would need a model."""
+    rank: int | None = Field(None, ge=1)
+    """Largest rank of a merged adapter's modules: the nearest one is taken, by an SVD through the
+    factors. Exact when not given: the factors stand side by side, so ranks add up."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.rescale and self.sparsify not in ("random", "ranked"):
             raise ValueError("rescale belongs to sparsify=random or ranked; set rescale=false")
+        if self.form == "adapter" and not self._plain:
+            raise ValueError(
+                f"form=adapter needs a plain sum, not sparsify={self.sparsify} "
+                f"consensus={self.consensus}; set form=model"
+            )
+        if self.rank is not None and (self.form == "model" or not self._plain):
+            raise ValueError("rank belongs to merged adapters, and this writes a model")
         if self.sparsify == "ranked" and self.density < 1:
             low, high = self.density - self.epsilon, self.density + self.epsilon
             if low <= 0 or high > 1:
@@ -149,12 +172,45 @@ class Arithmetic(Streaming):
                 )
         return self
 
+    @property
+    def _plain(self) -> bool:
+        return self.sparsify == "none" and not self.consensus
+
+    def survey(self, base: Path, deltas: Sequence[Path | None]) -> Survey:
+        """See Merger."""
+        from deltaloom.merge._adapters import survey_adapters
+
+        adapters = [one for one in deltas if one and (one / "adapter_config.json").is_file()]
+        if self._plain and self.form != "model" and len(adapters) == len(deltas) > 0:
+            return survey_adapters(base, adapters, self.rank)
+        return super().survey(base, deltas)
+
+    def merge(
+        self, base: Base, deltas: list[Delta], run: Run, *, data: Sequence[Examples] = ()
+    ) -> Delta:
+        """See Streaming; writes an adapter where `form` says so."""
+        from deltaloom.merge._adapters import adapters_among, merge_adapters
+
+        adapters = adapters_among(deltas)
+        together = self._plain and self.form != "model" and len(adapters) == len(deltas) > 0
+        if together:
+            parts = shares(self.weights, len(deltas), self.normalize)
+            factors = [self.scale * part for part in parts]
+            return merge_adapters(base, adapters, factors, self.rank, run)
+        if self.form == "adapter" or self.rank is not None:
+            others = [i for i, delta in enumerate(deltas, 1) if delta not in adapters]
+            raise InputError(
+                f"delta {others[0] if others else 1} is no low-rank adapter, so the product is "
+                "none; set form=model and leave rank out"
+            )
+        return super().merge(base, deltas, run, data=data)
+
     def rule(self, models: int, seed: int = 0) -> Linear | Selective:
         """The rule for `models` sources; raises InputError when the weights do not fit them."""
         from deltaloom.merge._rules import Linear, Selective
 
         parts = shares(self.weights, models, self.normalize)
-        if self.sparsify == "none" and not self.consensus:
+        if self._plain:
             return Linear([self.scale * part for part in parts])
         if self.consensus:
             parts = shares(self.weights, models, normalize=False)  # divided element by element

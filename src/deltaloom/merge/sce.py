@@ -73,6 +73,8 @@ class SceTensor(TensorRule):
         self.density, self.count = density, tensor.count
         self.order = OrderStatistics([1]) if density < 1 else None
         self.scans = 1 if self.order is None else 3
+        self.spare = 48 + (8 * models if self.order else 0)  # variances are float64
+        self.held = self.order.nbytes if self.order else 0
         self.varied = 0
         self.left = 0
         self.lanes = np.zeros((models, LANES))

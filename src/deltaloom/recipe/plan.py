@@ -8,20 +8,25 @@ times are lower bounds and say so.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from deltaloom.core.base import Base
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Sizes, Work
-from deltaloom.recipe.steps import Planned, Recipe, parse_recipe, read_yaml
+from deltaloom.core.method import Merger, Sizes, Work
+from deltaloom.recipe.steps import MergeStep, Planned, Recipe, parse_recipe, read_yaml
 
 SAMPLE = 200
 """Rows tokenised to estimate the mean length."""
 
 
 def plan(recipe: str | Path | dict[str, Any], **overrides: Any) -> list[dict[str, Any]]:
-    """One mapping a step: name, verb, method, rows, tokens, flops, seconds, memory, disk."""
+    """One mapping a step: name, verb, method, rows, tokens, flops, seconds, memory, disk.
+
+    A merge has `merging` as well: what is not at hand, and what the headers of the rest say
+    (tensors, bytes read and written, passes, problems, notes).
+    """
     content = recipe if isinstance(recipe, dict) else read_yaml(Path(recipe))
     where = "recipe" if isinstance(recipe, dict) else str(recipe)
     return plan_recipe(parse_recipe(content, where, overrides))
@@ -42,6 +47,13 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         if planned.step.verb == "select":
             rows_of[planned.step.name] = (planned.method.keeps(sizes), sizes.row_tokens)
         flops = work.flops(sizes.matmul_parameters)
+        merging = _merging(planned, steps) if isinstance(planned.step, MergeStep) else None
+        if merging and merging.get("memory_bytes") is not None:
+            exact = {
+                "memory_bytes": merging["memory_bytes"],
+                "disk_bytes": merging["written_bytes"],
+            }
+            work = replace(work, **exact)
         lines.append(
             {
                 "name": planned.step.name,
@@ -54,9 +66,35 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
                 "seconds_at_least": flops / speed,
                 "memory_bytes": work.memory_bytes,
                 "disk_bytes": work.disk_bytes,
+                **({"merging": merging} if merging else {}),
             }
         )
     return lines
+
+
+def _merging(planned: Planned, steps: set[str]) -> dict[str, Any]:
+    """What the headers of a merge's files say, and which files are not at hand."""
+    step, method = planned.step, planned.method
+    assert step.base is not None
+    assert isinstance(step, MergeStep)
+    assert isinstance(method, Merger)
+    named = [step.base, *(_named(step.base, name) for name in step.deltas or ())]
+    places = [None if one.model in steps else one.at_hand() for one in named]
+    absent = [
+        f"{one.model} ({'made by that step' if one.model in steps else 'not here'})"
+        for one, place in zip(named, places, strict=True)
+        if place is None
+    ]
+    base, *deltas = places
+    if base is not None and not any(base.glob("*.safetensors")):
+        base = None
+        absent.append(f"{step.base.model} (has no weights)")
+    survey = method.survey(base, deltas) if base is not None and step.deltas else None
+    return {"absent": absent, **(asdict(survey) if survey else {})}
+
+
+def _named(base: Base, name: str) -> Base:
+    return base.model_copy(update={"model": name, "revision": None})
 
 
 def matmul_speed() -> float:
@@ -85,8 +123,9 @@ def _sizes(
         None,
         dict.fromkeys(("matmul_parameters", "parameters", "linear_sides", "weight_bytes"), 0),
     )
-    if step.base is not None:
-        base = _root_base(step.base, steps, lines)
+    base = None if step.base is None else _root_base(step.base, steps, lines)
+    # A merge can be planned in part without its base.
+    if base is not None and (step.verb != "merge" or base.at_hand() is not None):
         if base.model not in shapes:
             shapes[base.model] = model_shape(base)
         shape = shapes[base.model]
