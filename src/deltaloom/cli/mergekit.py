@@ -59,7 +59,8 @@ def mergekit(words: Words = None) -> None:
     options = _parser().parse_args(words or [])
     configs = read_config(options.config)
     places = [where(options.config, i, len(configs)) for i in range(len(configs))]
-    checked = [check(one, place) for one, place in zip(configs, places, strict=True)]
+    pairs = zip(configs, places, strict=True)
+    checked = [check(one, place, options.precision) for one, place in pairs]
     _say([f"{one.place}: {note}" for one in checked for note in one.notes], quiet=False)
     _say(_without_effect(options), quiet=options.quiet)
     if options.dry_run:
@@ -101,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="the new model folder")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, merge nothing")
     parser.add_argument("--random-seed", type=int, default=0, help="seed of random choices")
+    parser.add_argument(
+        "--precision",
+        choices=("mergekit", "float32"),
+        default="mergekit",
+        help="round every step as mergekit does, or work in float32 and round once (ours)",
+    )
     parser.add_argument("-j", "--num-threads", type=int, help="threads over tensors (two)")
     parser.add_argument("--out-shard-size", type=_size, default="5B", help="bytes, as 500M or 5B")
     both = argparse.BooleanOptionalAction

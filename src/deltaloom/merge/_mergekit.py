@@ -14,6 +14,7 @@ from pathlib import Path
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import DTYPES
 from deltaloom.merge._checked import Checked
+from deltaloom.merge._compat_numbers import CODES, Numbers, common
 from deltaloom.merge._config import Files, Reference
 from deltaloom.merge._dialect import ByTensor
 from deltaloom.merge._output import copy_companions
@@ -46,12 +47,14 @@ class Job:
             name: checked.values(row.part, row.names, name, row.t)
             for name, row in self.rows.items()
         }
+        self.numbers = {name: self._numbers(row) for name, row in self.rows.items()}
         rules: dict[str, Rule] = {}
         self.rules: dict[str, Rule] = {}
         for name, row in self.rows.items():
-            key = repr(self.values[name])
+            values, numbers = self.values[name], self.numbers[name]
+            key = repr((values, numbers))
             if key not in rules:
-                rules[key] = checked.rule(row.part, self.values[name], seed)
+                rules[key] = checked.rule(row.part, values, seed, numbers)
             self.rules[name] = rules[key]
         self.sources = [self._place(i) for i in range(len(checked.merged(checked.parts[0])))]
         for source in self.sources:
@@ -64,6 +67,20 @@ class Job:
             adapter = self.find(reference.lora) if reference.lora else None
             self._opened[name] = Opened(name, self.find(reference.model), adapter)
         return self._opened[name]
+
+    def _numbers(self, row: Row) -> Numbers:
+        """The format that a tensor is merged in: `dtype`, or the one that holds all inputs."""
+        stored = set()
+        for source, name in zip(row.part.sources, row.names, strict=True):
+            opened = self.used[source.model]
+            entry = opened.folder.get(opened.model.tied.get(name, name))
+            if entry is not None and entry.dtype in CODES:
+                stored.add(CODES[entry.dtype])
+            if opened.adapter is not None:
+                stored.add("adapted")  # its sums are finer than the model's own numbers
+        kinds = sorted(stored & set(CODES.values())) or ["float32"]
+        name = self.checked.config.dtype or common(kinds)
+        return Numbers(name, finer=any(one != name for one in stored))
 
     def _check_ranges(self) -> None:
         for part in self.checked.parts:
@@ -109,9 +126,19 @@ class Job:
     @property
     def nbytes(self) -> int:
         """Bytes of the output's tensors."""
-        dtype = self.checked.dtype
-        entries = self.view.values()
-        return sum(entry.count * DTYPES[type_of(entry.dtype, dtype)][0] for entry in entries)
+        types = self.types
+        return sum(
+            entry.count * DTYPES[type_of(entry.dtype, types[name])][0]
+            for name, entry in self.view.items()
+        )
+
+    @property
+    def types(self) -> dict[str, str | None]:
+        """The output's type of every tensor, None where it is the base's."""
+        given = self.checked.dtype
+        if given or self.checked.precision == "float32":
+            return dict.fromkeys(self.rows, given)
+        return {name: numbers.name for name, numbers in self.numbers.items()}
 
     def run(
         self,
@@ -146,7 +173,7 @@ class Job:
             dress,
             threads=threads,
             shard_bytes=shard_bytes,
-            dtype=checked.dtype,
+            dtype=self.types,
             progress=progress,
         )
         return notes

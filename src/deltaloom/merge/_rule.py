@@ -69,6 +69,12 @@ class Rule(ABC):
     def begin(self, tensor: TensorEntry, models: int) -> TensorRule:
         """Start on one tensor."""
 
+    def width(self, tensor: TensorEntry) -> type[np.floating]:
+        """The type of a block's numbers."""
+        import numpy as np
+
+        return np.float64 if tensor.dtype == "F64" else np.float32
+
 
 class ElementRule(Rule, TensorRule):
     """A rule that keeps nothing between blocks."""

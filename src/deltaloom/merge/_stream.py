@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Merge:
             return None
         parts = [source.part(tensor) for source in self.sources]
         own = StoredPart(self.base, tensor)
-        work = np.dtype(np.float64 if tensor.dtype == "F64" else np.float32)
+        work = np.dtype(self.rule.width(tensor))
         if self.rule.keeps_base and all(part is None for part in parts):
             for block in self._blocks(tensor, space, work):
                 own.fill(block.start, block.out, space.raw)
@@ -278,16 +278,17 @@ def write_merge(
     threads: int | None,
     block: int = BLOCK,
     shard_bytes: int,
-    dtype: str | None,
+    dtype: str | Mapping[str, str | None] | None,
     progress: Callable[[int], None] | None,
     resume: bool = False,
 ) -> Path:
     """As `merge_folders`, of what is opened and checked; `dress` puts all but weights beside them.
 
-    `base` is a TensorFolder or something that reads like one.
+    `base` is a TensorFolder or something that reads like one; `dtype` may differ by tensor.
     """
     out = Path(out_folder)
-    layout = [(name, type_of(entry.dtype, dtype), entry.shape) for name, entry in base.items()]
+    types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(base, dtype)
+    layout = [(name, type_of(one.dtype, types[name]), one.shape) for name, one in base.items()]
     with published(out, resume) as folder:
         journal = folder / JOURNAL
         writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
