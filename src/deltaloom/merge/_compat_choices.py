@@ -134,7 +134,7 @@ class FusionTensor(TensorRule):
     def _importance(self, block: Block) -> np.ndarray:
         n = self.numbers
         first, second = (one.reshape(-1, self.unit) for one in n.read(block.models))
-        p, q = (n.add(self._softmax(one), n.factor(1e-8)) for one in (second, first))
+        p, q = (n.add(self._softmax(one), n.scalar(1e-8)) for one in (second, first))
         with np.errstate(all="ignore"):
             logs = n.of(np.log(n.div(p, q).astype(np.float64)))
         apart = n.mul(p, logs).sum(axis=-1, keepdims=True, dtype=np.float64)
@@ -162,8 +162,7 @@ class FusionTensor(TensorRule):
         n = self.numbers
         chosen = self._importance(block) >= self.threshold
         first, second = block.models
-        block.out[:] = first
-        np.add(first, n.sub(second, first), out=block.out, where=chosen)
+        np.add(first, n.sub(second, first) * chosen, out=block.out)
 
 
 def _rising(values: np.ndarray) -> np.ndarray:

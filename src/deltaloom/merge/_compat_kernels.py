@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba.core.extending import intrinsic
 
 from deltaloom.merge._kernels import TILE, compiled
 from deltaloom.merge._span import LANES
@@ -40,6 +41,36 @@ def coarsen(values, kind):
             near = near if near <= np.uint32(0x477FE000) else np.uint32(0x7F800000)
             near = near if size <= np.uint32(0x7F800000) else np.uint32(0x7FC00000)
             bits[i] = near | (b & np.uint32(0x80000000))
+
+
+@intrinsic
+def fused(typing, left, right, plus):
+    """left * right + plus with one rounding."""
+
+    def build(context, builder, signature, values):
+        return builder.fma(*values)
+
+    return plus(left, right, plus), build
+
+
+@compiled
+def add_weighted(models, weights, divisor, kind, out):
+    """out (n,) = sum of weights (k,) * models (k, n) / divisor, first to last, each product added
+    without rounding it, then rounded to the format.
+    """
+    one = out.dtype.type(1)
+    for start in range(0, out.size, TILE):
+        part = out[start : start + TILE]
+        part[:] = out.dtype.type(0)
+        for k in range(weights.size):
+            row = models[k, start : start + TILE]
+            w = weights[k]
+            for i in range(part.size):
+                part[i] = fused(row[i], w, part[i])
+        if divisor != one:
+            for i in range(part.size):
+                part[i] = part[i] / divisor
+        coarsen(part, kind)
 
 
 @compiled

@@ -242,7 +242,7 @@ class CompatMultiSlerp(CompatRule):
         self.needs_base = changes
         each = np.array([numbers.scalar(weight) for weight in weights], numbers.work)
         self.weights = numbers.div(each, numbers.total(list(each))) if normalize else each
-        self.least = numbers.factor(least)
+        self.least = numbers.scalar(least)
 
     def begin(self, tensor: TensorEntry, models: int) -> MultiSlerpTensor:
         """See Rule."""
@@ -379,8 +379,8 @@ class StockTensor(RowTensor):
         """Sum."""
         n = self.numbers
         models, base = n.read(block.models), self.view(n.read(block.base))
-        mean = models[0]
-        for one in models[1:]:
+        mean = n.work(0)
+        for one in models:
             mean = n.add(mean, one)
         mean = self.view(n.div(mean, n.factor(self.models)))
         t = self.at(self.t, block)

@@ -60,24 +60,16 @@ class CompatLinear(CompatRule, ElementRule):
 
     def __init__(self, numbers: Numbers, weights: list[float], normalize: bool):
         super().__init__(numbers)
-        self.weights = [numbers.work(weight) for weight in weights]
-        self.divisor = Numbers("float64" if numbers.name == "float64" else "float32").total(
-            self.weights
-        )
-        self.normalize = normalize and self.divisor != 1
+        self.weights = np.array(weights, numbers.work)
+        wide = Numbers("float64" if numbers.name == "float64" else "float32")
+        self.divisor = wide.total(list(self.weights)) if normalize else numbers.work(1)
 
     def write(self, block: Block) -> None:
         """See TensorRule."""
-        out, models = block.out, self.numbers.read(block.models)
-        out[:] = 0
-        for values, weight in zip(models, self.weights, strict=True):
-            if weight != 1:
-                np.multiply(values, weight, out=values)
-            np.add(out, values, out=out)
-        if self.normalize:
-            np.divide(out, self.divisor, out=out)
-        if self.numbers.kind:
-            self.numbers.round(out)
+        from deltaloom.merge._compat_kernels import add_weighted
+
+        n = self.numbers
+        add_weighted(n.read(block.models), self.weights, self.divisor, n.kind, block.out)
 
 
 @dataclass(frozen=True)
@@ -409,7 +401,7 @@ class Ranked(Sparse):
             steps = np.full(1, 0.5, inside.work)
         for factor in (2.0, epsilon):
             steps = inside.round(steps * inside.factor(factor))
-        steps = inside.round(steps + inside.factor(self.choice.density - epsilon))
+        steps = inside.round(steps + inside.scalar(self.choice.density - epsilon))
         chances = np.empty(places.shape)
         wide = steps.reshape(-1, *[1] * (places.ndim - 2))
         np.put_along_axis(chances, places, np.broadcast_to(wide, places.shape), axis=1)
