@@ -458,11 +458,11 @@ class KarcherTensor(TensorRule):
             size = self._length(tangent)
             if float(size) < tol:
                 break
-            turn, step = (n.work(f(np.float64(size))) for f in (np.cos, np.sin))
+            turn, step = (n.scalar(f(np.float64(size))) for f in (np.cos, np.sin))
             mean = n.add(n.mul(mean, turn), n.mul(n.div(tangent, size), step))
             if float(length := self._length(mean)) > tol:
                 mean = n.div(mean, length)
         scale = n.work(0)
         for length in lengths:
             scale = scale + n.factor(share) * length
-        block.out[:] = n.mul(mean, scale)
+        block.out[:] = n.mul(mean, n.scalar(scale))  # the factor's own format is the models' here
