@@ -37,7 +37,7 @@ class SceTensor(RowTensor):
 
     def __init__(self, rule: CompatSce, tensor: TensorEntry, models: int):
         super().__init__(rule, tensor)
-        self.density, self.models, self.count = rule.density, models, tensor.count
+        self.density, self.models = rule.density, models
         self.order = OrderStatistics([1]) if 0 < rule.density < 1 else None
         self.scans = 1 if self.order is None else 3
         self.varied = self.left = 0
@@ -53,7 +53,7 @@ class SceTensor(RowTensor):
             self.order.count(number, varied.view(np.uint32))
             return
         for i, one in enumerate(self._selected(changes)):
-            self.add_sums(i, n.mul(one, one), block.start)
+            self.add(i, n.mul(one, one), block.start)
 
     def scanned(self, number: int) -> None:
         """See TensorRule."""
@@ -65,8 +65,8 @@ class SceTensor(RowTensor):
             if self.order.equal[0]:
                 self.order.counted(number)
         else:
-            sums = np.concatenate([self._sums[i][1] for i in range(self.models)])
-            energy = n.of(sums / self.count)
+            sums = np.concatenate([self._found[i].sums for i in range(self.models)])
+            energy = n.div(sums, n.factor(self.count))
             total = n.total(list(energy))
             if abs(total) < 1e-6:
                 energy, total = np.ones_like(energy), n.factor(self.models)

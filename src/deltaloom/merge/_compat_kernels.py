@@ -6,7 +6,6 @@ import numpy as np
 from numba.core.extending import intrinsic
 
 from deltaloom.merge._kernels import TILE, compiled
-from deltaloom.merge._span import LANES
 
 LEAST = np.float32(2.0**-14)
 """The smallest normal float16; below it numbers are multiples of 2**-24."""
@@ -173,31 +172,3 @@ def keep_middle(values, low, drop, high, keep):
         if not stays:
             bits[i] = np.uint32(0)
     return drop, keep
-
-
-@compiled
-def add_sums(values, start, columns, lanes, sums):
-    """sums (rows,) = sums of the rows of a matrix, of which flat elements start..start+n are seen
-    here; float64, by lanes (16,) as in `add_inner`, so that the cut of blocks does not matter.
-    """
-    done = 0
-    while done < values.size:
-        row, column = divmod(start + done, columns)
-        m = min(columns - column, values.size - done)
-        a = values[done : done + m]
-        head = min(m, -column % LANES)
-        for i in range(head):
-            lanes[(column + i) % LANES] += np.float64(a[i])
-        whole = head + (m - head) // LANES * LANES
-        for i in range(head, whole, LANES):
-            for j in range(LANES):
-                lanes[j] += np.float64(a[i + j])
-        for i in range(whole, m):
-            lanes[(column + i) % LANES] += np.float64(a[i])
-        if column + m == columns:
-            total = 0.0
-            for j in range(LANES):
-                total += lanes[j]
-                lanes[j] = 0.0
-            sums[row] = total
-        done += m

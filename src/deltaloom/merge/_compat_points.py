@@ -1,19 +1,19 @@
 """mergekit's points between models, rounded where it rounds: the spherical ones, stock, nearswap.
 
-Norms and inner products are exact sums (float64, in an order that no cut of blocks changes) of the
-rounded terms, rounded once. mergekit's are float32 sums whose order follows the processor's vector
-width, which shows in float32 models only.
+Norms and sums add in torch's order (`_compat_reduce.py`); karcher's inner products, which are a
+BLAS's, are exact and rounded once.
 """
 
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deltaloom.core.errors import WorkError
 from deltaloom.merge._compat_numbers import Numbers
+from deltaloom.merge._compat_reduce import STEP, Reduction, down, whole
 from deltaloom.merge._compat_sums import CompatRule
 from deltaloom.merge._rule import Block, ElementRule, TensorRule
 from deltaloom.merge._span import LANES, add_inner
@@ -22,47 +22,42 @@ if TYPE_CHECKING:
     from deltaloom.core.tensors import TensorEntry
 
 
+PIECE = 1 << 20
+"""Elements that slerp sums at a time."""
+
+
 class RowTensor(TensorRule):
     """One tensor as a matrix (rows, columns) of vectors, or as one vector; sums over each."""
 
     def __init__(self, rule: CompatRule, tensor: TensorEntry, *, by_row: bool = False):
-        self.numbers = rule.numbers
-        by_row = by_row and len(tensor.shape) > 1
-        self.columns = tensor.shape[-1] if by_row else tensor.count
-        self.unit = self.columns if by_row else 1
-        self.rows = tensor.count // self.columns
-        self._sums: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self.numbers, self.count = rule.numbers, tensor.count
+        self.by_row = by_row and len(tensor.shape) > 1
+        self.columns = tensor.shape[-1] if self.by_row else tensor.count
+        self.unit = self.columns if self.by_row else STEP
+        self._found: dict[Any, Reduction] = {}
 
-    def _state(self, key: Any) -> tuple[np.ndarray, np.ndarray]:
-        if key not in self._sums:
-            self._sums[key] = np.zeros(LANES), np.zeros(self.rows)
-        return self._sums[key]
-
-    def add_inner(self, key: Any, left: np.ndarray, right: np.ndarray, start: int) -> None:
-        """Add the inner products of the rows, unrounded in between, to the sums `key`."""
-        add_inner(left.ravel(), right.ravel(), start, self.columns, *self._state(key))
-
-    def add_sums(self, key: Any, values: np.ndarray, start: int) -> None:
-        """Add the sums of the rows to the sums `key`."""
-        from deltaloom.merge._compat_kernels import add_sums
-
-        add_sums(values.ravel(), start, self.columns, *self._state(key))
+    def add(self, key: Any, values: np.ndarray, start: int, *, squares: bool = False) -> None:
+        """Add to the sums `key` of the vectors, or of their squares."""
+        if key not in self._found:
+            kind = self.numbers.work
+            self._found[key] = Reduction(self.columns, self.count, kind, squares=squares)
+        self._found[key].add(values, start)
 
     def sums(self, key: Any) -> np.ndarray:
         """The finished sums (rows,) as numbers of the format."""
-        return self.numbers.of(self._sums[key][1])
+        return self.numbers.round(self._found[key].sums.copy())
 
     def norms(self, key: Any) -> np.ndarray:
-        """The lengths (rows,) of vectors whose inner products with themselves are `key`."""
-        return self.numbers.of(np.sqrt(self._sums[key][1]))
+        """The lengths (rows,) of vectors whose squares are summed under `key`."""
+        return self.numbers.round(np.sqrt(self._found[key].sums))
 
     def view(self, values: np.ndarray) -> np.ndarray:
         """A block (n,) as (rows seen, columns seen)."""
-        return values.reshape(-1, self.columns if self.unit > 1 else values.size)
+        return values.reshape(-1, self.columns if self.by_row else values.size)
 
     def at(self, each: np.ndarray, block: Block) -> np.ndarray:
         """Numbers (rows,) beside a block: (rows seen, 1)."""
-        if self.unit == 1:
+        if not self.by_row:
             return each[:1, None]
         row = block.start // self.columns
         return each[row : row + block.out.size // self.columns, None]
@@ -83,37 +78,42 @@ class CompatSlerp(CompatRule):
 
 
 class SlerpTensor(RowTensor):
-    """One tensor under `CompatSlerp`."""
+    """One tensor under `CompatSlerp`: lengths, then the cosine, in pieces of a million."""
 
-    scans = 1
+    scans = 2
 
     def __init__(self, rule: CompatSlerp, tensor: TensorEntry):
         super().__init__(rule, tensor)
+        self.columns = min(PIECE, max(tensor.count, 1))
         self.t, self.factors = rule.t, (rule.t, rule.t)
+        self.lengths: list[Any] = []
 
     def scan(self, number: int, block: Block) -> None:
-        """Add to the inner products."""
-        first, second = self.numbers.read(block.models)
-        for key, pair in (
-            ("a", (first, first)),
-            ("b", (second, second)),
-            ("ab", (first, second)),
-        ):
-            self.add_inner(key, *pair, block.start)
+        """Squares, then products."""
+        models = self.numbers.read(block.models)
+        if number == 0:
+            for i, one in enumerate(models):
+                self.add(i, one, block.start, squares=True)
+            return
+        units = [one / length for one, length in zip(models, self.lengths, strict=True)]
+        self.add("cosine", units[0] * units[1], block.start)
 
     def scanned(self, number: int) -> None:
         """Find the coefficients."""
         kind, t = self.numbers.work, self.t
-        lengths = [np.sqrt(self._sums[key][1][0]) for key in "ab"]
-        lengths = [length if kind(length) > 1e-8 else 1.0 for length in lengths]
-        cosine = kind(np.clip(self._sums["ab"][1][0] / (lengths[0] * lengths[1]), -1, 1))
+        if number == 0:
+            for i in (0, 1):
+                length = np.sqrt(whole(np.sqrt(self._found[i].sums), squares=True))
+                self.lengths.append(length if length > 1e-8 else kind(1))
+            return
+        cosine = np.clip(whole(self._found["cosine"].sums), kind(-1), kind(1))
         if abs(cosine) > 0.9995:
             self.factors = (1 - t, t)
             return
         angle = kind(np.arccos(np.float64(cosine)))
         parts = [kind(np.sin(np.float64(a))) for a in ((1 - t) * angle, t * angle)]
-        whole = kind(np.sin(np.float64(angle)))
-        self.factors = (parts[0] / whole, parts[1] / whole)
+        side = kind(np.sin(np.float64(angle)))
+        self.factors = (parts[0] / side, parts[1] / side)
 
     def write(self, block: Block) -> None:
         """Sum."""
@@ -167,8 +167,7 @@ class NuSlerpTensor(RowTensor):
         self.shape = tensor.shape
         self.turned = rule.turned and len(tensor.shape) > 1
         if self.turned:  # vectors along the first axis: the whole tensor at once, axes swapped
-            self.unit, self.columns = tensor.count, tensor.shape[0]
-            self.rows = tensor.count // self.columns
+            self.unit, self.columns, self.by_row = tensor.count, tensor.shape[0], True
 
     def view(self, values: np.ndarray) -> np.ndarray:
         """See RowTensor."""
@@ -177,6 +176,14 @@ class NuSlerpTensor(RowTensor):
         return np.ascontiguousarray(values.reshape(self.shape).swapaxes(0, -1)).reshape(
             -1, self.columns
         )
+
+    def add(self, key: Any, values: np.ndarray, start: int, *, squares: bool = False) -> None:
+        """See RowTensor; along the first axis torch adds element after element."""
+        if not self.turned:
+            return super().add(key, values, start, squares=squares)
+        self._found[key] = Reduction(self.columns, self.count, self.numbers.work, squares=squares)
+        self._found[key].sums[:] = down(values * values if squares else values, plain=squares)
+        return None
 
     def _ends(self, block: Block) -> list[np.ndarray]:
         n = self.numbers
@@ -191,14 +198,14 @@ class NuSlerpTensor(RowTensor):
         ends = self._ends(block)
         if number == 0:
             for i, end in enumerate(ends):
-                self.add_inner(i, end, end, block.start)
+                self.add(i, end, block.start, squares=True)
             return
         n, least = self.numbers, self.numbers.scalar(1e-7)
         units = [
             n.div(end, self.at(np.maximum(self.norms(i), least), block))
             for i, end in enumerate(ends)
         ]
-        self.add_sums("cosine", n.mul(*units), block.start)
+        self.add("cosine", n.mul(*units), block.start)
 
     def scanned(self, number: int) -> None:
         """See TensorRule."""
@@ -273,7 +280,7 @@ class MultiSlerpTensor(RowTensor):
     def _mean(self, units: np.ndarray) -> np.ndarray:
         n = self.numbers
         mean = n.rows(n.mul(units, self.rule.weights[:, None]))
-        return n.div(mean, self.norms("mean")) if "mean" in self._sums else mean
+        return n.div(mean, self.norms("mean")) if "mean" in self._found else mean
 
     def _tangent(self, units: np.ndarray, mean: np.ndarray) -> np.ndarray:
         n = self.numbers
@@ -287,21 +294,21 @@ class MultiSlerpTensor(RowTensor):
         vectors, start = self._vectors(block), block.start
         if number == 0:
             for i, one in enumerate(vectors):
-                self.add_inner(i, one, one, start)
+                self.add(i, one, start, squares=True)
             return
         units = self._units(vectors)
         if number == 1:
             n = self.numbers
             mean = n.rows(n.mul(units, self.rule.weights[:, None]))
-            self.add_inner("mean", mean, mean, start)
+            self.add("mean", mean, start, squares=True)
             return
         mean = self._mean(units)
         if number == 2:
             for i, unit in enumerate(units):
-                self.add_sums(("cosine", i), self.numbers.mul(unit, mean), start)
+                self.add(("cosine", i), self.numbers.mul(unit, mean), start)
             return
         tangent = self._tangent(units, mean)
-        self.add_inner("tangent", tangent, tangent, start)
+        self.add("tangent", tangent, start, squares=True)
 
     def scanned(self, number: int) -> None:
         """Where the directions cancel there is a line between two models, and else no mean."""
@@ -350,16 +357,16 @@ class StockTensor(RowTensor):
     def __init__(self, rule: CompatStock, tensor: TensorEntry, models: int):
         super().__init__(rule, tensor, by_row=rule.by_row)
         self.models, self.pairs = models, list(combinations(range(models), 2))
-        self.t = np.zeros(self.rows)
+        self.t = np.zeros(1)
 
     def scan(self, number: int, block: Block) -> None:
         """Lengths and inner products of the changes."""
         n = self.numbers
         changes = n.sub(n.read(block.models), n.read(block.base))
         for i, one in enumerate(changes):
-            self.add_inner(i, one, one, block.start)
+            self.add(i, one, block.start, squares=True)
         for i, j in self.pairs:
-            self.add_sums((i, j), n.mul(changes[i], changes[j]), block.start)
+            self.add((i, j), n.mul(changes[i], changes[j]), block.start)
 
     def scanned(self, number: int) -> None:
         """Find the share of the mean."""
@@ -405,8 +412,6 @@ class CompatKarcher(CompatRule):
 class KarcherTensor(TensorRule):
     """One tensor under `CompatKarcher`."""
 
-    wide: ClassVar = {np.float32: Numbers("float32"), np.float64: Numbers("float64")}
-
     def __init__(self, rule: CompatKarcher, tensor: TensorEntry):
         self.rule, self.numbers = rule, rule.numbers
         self.unit = tensor.count
@@ -418,7 +423,7 @@ class KarcherTensor(TensorRule):
 
     def _length(self, vector: np.ndarray) -> Any:
         """In float32, or float64 where the format is."""
-        return self.numbers.work(np.sqrt(self._inner(vector, vector)))
+        return np.sqrt(whole(vector, squares=True))
 
     def _tangent(self, mean: np.ndarray, units: list[np.ndarray], share: float) -> np.ndarray:
         n = self.numbers

@@ -8,6 +8,7 @@ by the ratio of the sums of magnitudes.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaloom.merge._compat_numbers import Numbers
+from deltaloom.merge._compat_reduce import STEP, Reduction
 from deltaloom.merge._rule import Block, ElementRule, Rule, TensorRule
 from deltaloom.merge._rules import _key
 
@@ -123,7 +125,7 @@ class ChangesTensor(TensorRule):
             for i, choice in enumerate(rule.choices)
         ]
         self.scans = max((part.scans for part in self.parts), default=0)
-        self.unit = max((part.unit for part in self.parts), default=1)
+        self.unit = math.lcm(*(part.unit for part in self.parts))
 
     def _changes(self, block: Block) -> None:
         numbers = self.rule.numbers
@@ -206,7 +208,10 @@ class Sparse(Part):
         drawn = choice.how in ("random", "ranked") and numbers.name != "bfloat16"
         self.inside = Numbers("float32") if drawn else numbers
         self.scans = self.looks + choice.rescale
-        self.lanes, self.sums = np.zeros((2, 16)), np.zeros((2, 1))
+        self.sizes: list[Reduction] = []
+        if choice.rescale:
+            self.unit = STEP
+            self.sizes = [Reduction(count, count, numbers.work) for _ in range(2)]
         self.ratio: Any = None
 
     def look(self, number: int, change: np.ndarray) -> None:
@@ -224,24 +229,21 @@ class Sparse(Part):
 
     def scan(self, number: int, start: int, change: np.ndarray, scratch: np.ndarray) -> None:
         """Look, or add up magnitudes before and after."""
-        from deltaloom.merge._compat_kernels import add_sums
-
         if number < self.looks:
             self.look(number, change)
             return
         self._narrow(change)
-        for i in (0, 1):
-            np.abs(change, out=scratch)
-            add_sums(scratch, start, self.count, self.lanes[i], self.sums[i])
-            if i == 0:
-                self.drop(start, change)
+        before, after = self.sizes
+        before.add(np.abs(change, out=scratch), start)
+        self.drop(start, change)
+        after.add(np.abs(change, out=scratch), start)
 
     def scanned(self, number: int) -> None:
         """See TensorRule."""
         if number < self.looks:
             self.looked(number)
         else:
-            before, after = (self.inside.scalar(one) for one in self.sums[:, 0])
+            before, after = (self.inside.scalar(one.sums[0]) for one in self.sizes)
             if not (before < 1e-7 or after < 1e-7):
                 with np.errstate(all="ignore"):  # float16 sums overflow
                     self.ratio = self.inside.scalar(before / after)
@@ -376,7 +378,8 @@ class Ranked(Sparse):
         super().__init__(choice, numbers, tensor.count)
         self.key = key
         self.shape = tensor.shape if len(tensor.shape) > 1 else (1, tensor.count)
-        self.unit = tensor.count if len(self.shape) > 2 else self.shape[1]
+        own = tensor.count if len(self.shape) > 2 else self.shape[1]
+        self.unit = math.lcm(self.unit, own)
 
     def drop(self, start: int, change: np.ndarray) -> None:
         """See Sparse."""
