@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,15 +52,12 @@ def mergekit(words: Words = None) -> None:
     """Merge by a YAML file of mergekit; takes the flags of mergekit-yaml (--help lists them)."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported
     from deltaloom.core.progress import progress
-    from deltaloom.merge._checked import check
-    from deltaloom.merge._config import read_config, where
-    from deltaloom.merge._mergekit import Job
+    from deltaloom.merge._config import read_config
+    from deltaloom.merge._documents import Asked, checked_documents, run_documents
 
     options = _parser().parse_args(words or [])
     configs = read_config(options.config)
-    places = [where(options.config, i, len(configs)) for i in range(len(configs))]
-    pairs = zip(configs, places, strict=True)
-    checked = [check(one, place, options.precision) for one, place in pairs]
+    checked = checked_documents(configs, options.config, options.precision)
     _say([f"{one.place}: {note}" for one in checked for note in one.notes], quiet=False)
     _say(_without_effect(options), quiet=options.quiet)
     if options.dry_run:
@@ -70,25 +67,24 @@ def mergekit(words: Words = None) -> None:
             made.add(one.config.name or "")
         return
     out: Path = options.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        scratch, results = Path(work), {}
-        for i, one in enumerate(checked):
-            last = i == len(checked) - 1
-            target = out if last else scratch / f"document-{i}"
-            (scratch / str(i)).mkdir()
-            job = Job(one, _finder(results), options.random_seed, scratch / str(i))
-            with progress("merge, bytes", job.nbytes) as advance:
-                notes = job.run(
-                    target,
-                    options.num_threads,
-                    options.out_shard_size,
-                    yaml=options.config.read_bytes(),
-                    tokenizer=options.copy_tokenizer,
-                    progress=advance,
-                )
-            _say([f"{one.place}: {note}" for note in notes], quiet=False)
-            results[one.config.name] = target
+    asked = Asked(
+        options.random_seed,
+        options.num_threads,
+        options.out_shard_size,
+        options.copy_tokenizer,
+        options.precision,
+    )
+    with ExitStack() as bars:
+
+        def bar(total: int) -> Any:
+            bars.close()  # that of the document before
+            return bars.enter_context(progress("merge, bytes", total))
+
+        def say(note: str) -> None:
+            _say([note], quiet=False)
+
+        yaml = options.config.read_bytes()
+        run_documents(checked, out, yaml, asked, say=say, progress=bar)
     print(f"done: {out}")
 
 
@@ -148,18 +144,6 @@ def _without_effect(options: argparse.Namespace) -> list[str]:
 def _say(lines: list[str], *, quiet: bool) -> None:
     for line in () if quiet else lines:
         print(f"note: {line}", file=sys.stderr)
-
-
-def _finder(results: dict[str | None, Path]) -> Any:
-    """Files of a model: the result of an earlier document, a folder, or the hub's."""
-    from deltaloom.core.base import Base
-
-    def find(files: Files) -> Path:
-        if files.path in results:
-            return results[files.path]
-        return Base(model=files.path, revision=files.revision).folder
-
-    return find
 
 
 def _at_hand(files: Files) -> Path:

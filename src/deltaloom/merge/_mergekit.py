@@ -110,9 +110,12 @@ class Job:
             return opened
         key = f"{reference} merged"
         if key not in self._opened:
+            self.scratch.mkdir(exist_ok=True)
             folder = self.scratch / f"base-{len(self._opened)}"
             plain = Passthrough.parse({}, "merge passthrough")
-            plain.merge_folders(opened.folder.path, [opened.adapter.path], folder)
+            if not folder.exists():  # an interrupted merge may have got as far
+                files = opened.folder.path, [opened.adapter.path]
+                plain.merge_folders(*files, folder, resume=True)
             self._opened[key] = Opened(key, folder, None)
         return self._opened[key]
 
@@ -149,10 +152,12 @@ class Job:
         yaml: bytes,
         tokenizer: bool = True,
         progress: Callable[[int], None] | None = None,
+        key: str = "",
     ) -> list[str]:
         """Merge into the new folder `out`, beside a copy of the `yaml`; returns notes for the user.
 
-        Raises as `merge_folders` does.
+        An interrupted call of the same `key`, if there is one, is taken up. Raises as
+        `merge_folders` does.
         """
         checked = self.checked
         donor = self._donor()
@@ -175,6 +180,8 @@ class Job:
             shard_bytes=shard_bytes,
             dtype=self.types,
             progress=progress,
+            resume=bool(key),
+            key=key,
         )
         return notes
 

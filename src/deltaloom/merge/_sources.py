@@ -56,6 +56,11 @@ class Part(Protocol):
     gives_change: bool
     """Whether `fill` gives the change over the base rather than the value."""
 
+    @property
+    def path(self) -> Path:
+        """Where it is from."""
+        ...
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """out (n,) float = flat elements start..start+n; scratch is at least 8n bytes, uint8."""
         ...
@@ -83,6 +88,11 @@ class StoredPart:
     tensor: TensorEntry
     gives_change: bool = False
 
+    @property
+    def path(self) -> Path:
+        """See Part."""
+        return self.tensor.file.parent
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
         raw = scratch[: out.size * self.tensor.itemsize]
@@ -97,6 +107,7 @@ class ProductPart:
     left: np.ndarray
     right: np.ndarray
     scale: float
+    path: Path
     gives_change: bool = True
 
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
@@ -283,7 +294,8 @@ class AdapterSource:
             return None
         left, right, flipped = self._factors(module)
         factors = [self._matrix(entry, flipped) for entry in (left, right)]
-        return ProductPart(*factors, scale=self._scale(module, right.shape[0]))
+        scale = self._scale(module, right.shape[0])
+        return ProductPart(*factors, scale=scale, path=self.path)
 
     def _matrix(self, entry: TensorEntry, flipped: bool) -> np.ndarray:
         out = np.empty(entry.count, np.float32)

@@ -38,6 +38,11 @@ class AdaptedPart:
     change: ProductPart
     gives_change: bool = False
 
+    @property
+    def path(self) -> Path:
+        """See Part."""
+        return self.stored.path
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
         self.stored.fill(start, out, scratch)

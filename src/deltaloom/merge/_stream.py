@@ -73,7 +73,9 @@ class Merge:
     block: int
     stop: threading.Event
     journal: Path
-    """The start of the machine, then the names of the tensors that are written whole, by line."""
+    """The line `started`, then the names of the tensors that are written whole, by line."""
+    started: str
+    """What the journal of a merge that can be taken up starts with."""
 
     def tensor(self, name: str, space: Workspace) -> None:
         """Merge one tensor and write it."""
@@ -100,8 +102,26 @@ class Merge:
         for block in self._blocks(tensor, space, work, rule.unit):
             self._fill(block, own, parts, space)
             rule.write(block)
+            if np.isnan(block.out.max()):
+                self._blame(block, [own, *parts], tensor, space)
             self._put(block, target, space)
         return None
+
+    def _blame(
+        self, block: Block, parts: list[Part | None], tensor: TensorEntry, space: Workspace
+    ) -> None:
+        """Raise InputError for the input whose NaN made one of the output's."""
+        start, values = block.start, np.empty_like(block.out)
+        for part in parts:
+            if part is None:
+                continue
+            part.fill(start, values, space.raw)
+            if np.isnan(values.max()):
+                place = start + int(np.isnan(values).argmax())
+                raise InputError(
+                    f"{part.path}: tensor {tensor.name!r} is not a number at element {place}, and "
+                    "a merge would spread it; mend the model or leave it out"
+                )
 
     def _blocks(
         self, tensor: TensorEntry, space: Workspace, work: np.dtype, unit: int = 1
@@ -198,12 +218,9 @@ class Merge:
 
     def _done(self) -> set[str]:
         """Tensors that an interrupted merge has written whole; starts the journal."""
-        boot = start_of_machine()
-        lines = self.journal.read_text("utf-8").split("\n") if self.journal.exists() else []
-        # What was written reaches the disk with time, unless the machine itself went down.
-        if not boot or lines[:1] != [boot]:
-            self.journal.write_text(boot + "\n", "utf-8")
-            return set()
+        if not self.journal.exists():
+            self.journal.write_text(self.started + "\n", "utf-8")
+        lines = self.journal.read_text("utf-8").split("\n")
         return {json.loads(line) for line in lines[1:-1]}  # the last may be cut short
 
     def _note(self, name: str) -> None:
@@ -281,20 +298,24 @@ def write_merge(
     dtype: str | Mapping[str, str | None] | None,
     progress: Callable[[int], None] | None,
     resume: bool = False,
+    key: str = "",
 ) -> Path:
     """As `merge_folders`, of what is opened and checked; `dress` puts all but weights beside them.
 
-    `base` is a TensorFolder or something that reads like one; `dtype` may differ by tensor.
+    `base` is a TensorFolder or something that reads like one; `dtype` may differ by tensor. What an
+    interrupted merge left is taken up only when its `key` was the same.
     """
     out = Path(out_folder)
     types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(base, dtype)
     layout = [(name, type_of(one.dtype, types[name]), one.shape) for name, one in base.items()]
-    with published(out, resume) as folder:
+    started = f"{start_of_machine()} {key}"
+    with published(out, started, resume=resume) as folder:
         journal = folder / JOURNAL
         writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
         try:
             dress(folder)
-            job = Merge(base, list(sources), rule, writer, block, threading.Event(), journal)
+            stop = threading.Event()
+            job = Merge(base, list(sources), rule, writer, block, stop, journal, started)
             job.run(threads or min(2, os.cpu_count() or 1), progress)
             journal.unlink(missing_ok=True)
             writer.finish()
