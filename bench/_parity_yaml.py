@@ -101,7 +101,9 @@ CONFIGS: dict[str, dict] = {
     "breadcrumbs_ties": _family("breadcrumbs_ties", "abc", density=DENSITY, gamma=[0.01, 0.1, 0.0]),
     "dare_linear": _family("dare_linear", "ab", density=DENSITY),
     "dare_ties": _family("dare_ties", "abc", density=DENSITY),
-    "dare_ties, not rescaled": _family("dare_ties", "ab", density=DENSITY, shared={"rescale": False}),
+    "dare_ties, not rescaled": _family(
+        "dare_ties", "ab", density=DENSITY, shared={"rescale": False}
+    ),
     "della_linear": _family("della_linear", "ab", density=INSIDE),
     "della": _family("della", "abc", density=INSIDE, epsilon=[0.1, 0.15, 0.2]),
     "slerp": {

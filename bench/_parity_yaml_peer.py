@@ -59,8 +59,6 @@ def main() -> None:
     given(uniform)
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
     for number, (_, config) in enumerate(json.loads((home / "jobs.json").read_text())):
-
-
         out = str(home / "theirs" / str(number))
         run_merge(MergeConfiguration.model_validate(config), out, options)
 

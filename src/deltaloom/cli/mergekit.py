@@ -12,37 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltaloom.core.errors import InputError
+from deltaloom.merge._options import SWITCHES, VALUES, size
 
 if TYPE_CHECKING:
     from deltaloom.merge._checked import Checked, Values
     from deltaloom.merge._config import Files, MergeConfig
     from deltaloom.merge._mergekit import Job
 
-SWITCHES = {
-    "allow-crimes": "tensors must have equal names and shapes, whatever the architectures",
-    "unsafe-truncate-embeddings": "models must share one vocabulary",
-    "trust-remote-code": "no code of a model is run",
-    "cuda": "the merge streams on the CPU",
-    "low-cpu-memory": "memory does not grow with the models",
-    "lazy-unpickle": "pickles are never read",
-    "read-to-gpu": "the merge streams on the CPU",
-    "multi-gpu": "the merge streams on the CPU",
-    "gpu-rich": "the merge streams on the CPU",
-    "async-write": "tensors are always written as they are merged",
-    "clone-tensors": "a tensor may be used any number of times",
-    "write-model-card": "no card is written; mergekit_config.yml is",
-    "safe-serialization": "the output is always safetensors",
-}
-"""Flags that change nothing here, and why."""
-VALUES = {
-    "transformers-cache": "the hub's own cache is used (HF_HOME)",
-    "lora-merge-cache": "adapters are merged as they stream",
-    "lora-merge-dtype": "adapters are merged in float32",
-    "device": "the merge streams on the CPU",
-    "write-threads": "tensors are always written as they are merged",
-}
-"""The same with a value."""
-UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "G": 1000**3}
 SHOWN = 40
 """Groups of tensors that a plan lists."""
 Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG OUT [--dry-run] [FLAG]...")]
@@ -63,7 +39,7 @@ def mergekit(words: Words = None) -> None:
     if options.dry_run:
         made: set[str] = set()
         for one in checked:
-            _show(one, made)
+            _show(one, made, options.num_threads)
             made.add(one.config.name or "")
         return
     out: Path = options.out
@@ -120,14 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int:
-    number, unit = text.rstrip("kKmMbBgG"), text[-1:].upper() if text[-1:].isalpha() else ""
     try:
-        size = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500M or 5B")
-    return size
+        return size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _without_effect(options: argparse.Namespace) -> list[str]:
@@ -171,7 +143,7 @@ def _state(files: Files, made: set[str]) -> str:
     return ""
 
 
-def _show(checked: Checked, made: set[str]) -> None:
+def _show(checked: Checked, made: set[str], threads: int | None) -> None:
     """Print the plan of one document."""
     from deltaloom.merge._mergekit import Job
 
@@ -191,7 +163,7 @@ def _show(checked: Checked, made: set[str]) -> None:
             print(f"    {where if len(found) > 1 else 'all tensors'}: {text}")
         print("  the YAML is right; tensors and bytes are known once every model is at hand")
         return
-    _show_job(Job(checked, _at_hand))
+    _show_job(Job(checked, _at_hand), threads)
 
 
 def _form(config: MergeConfig) -> str:
@@ -200,11 +172,16 @@ def _form(config: MergeConfig) -> str:
     return f"{len(config.models or ())} models" if config.models else "a module"
 
 
-def _show_job(job: Job) -> None:
+def _show_job(job: Job, threads: int | None) -> None:
     groups: dict[str, list[str]] = {}
     for name, values in job.values.items():
         groups.setdefault(_settings(values), []).append(name)
-    print(f"  {len(job.rows)} tensors, {job.nbytes:,} bytes, {len(groups)} groups by settings:")
+    plan = job.plan(threads)
+    print(f"  reads {plan.read_bytes:,} bytes, writes {plan.written_bytes:,}")
+    scans = [f"{n + 1} of {count} tensors" for n, count in sorted(plan.scans.items())]
+    print(f"  passes over the inputs: {', '.join(scans)}")
+    print(f"  buffers of {plan.threads} threads: {plan.buffer_bytes / 1e6:,.1f} MB")
+    print(f"  {len(job.rows)} tensors, {len(groups)} groups by settings:")
     for text, names in list(groups.items())[:SHOWN]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"    {names[0]}{more}: {text}")

@@ -284,9 +284,7 @@ class MultiSlerpTensor(RowTensor):
 
     def _tangent(self, units: np.ndarray, mean: np.ndarray) -> np.ndarray:
         n = self.numbers
-        pulls = [
-            n.sub(unit, n.mul(mean, self.sums(("cosine", i)))) for i, unit in enumerate(units)
-        ]
+        pulls = [n.sub(unit, n.mul(mean, self.sums(("cosine", i)))) for i, unit in enumerate(units)]
         return n.rows(n.mul(np.stack(pulls), self.rule.weights[:, None]))
 
     def scan(self, number: int, block: Block) -> None:

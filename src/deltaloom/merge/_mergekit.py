@@ -7,9 +7,13 @@ a stack that the engine reads as one folder. Arithmetic is that of our methods.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import DTYPES
@@ -17,10 +21,11 @@ from deltaloom.merge._checked import Checked
 from deltaloom.merge._compat_numbers import CODES, Numbers, common
 from deltaloom.merge._config import Files, Reference
 from deltaloom.merge._dialect import ByTensor
+from deltaloom.merge._formats import FLOATS
 from deltaloom.merge._output import copy_companions
 from deltaloom.merge._rule import Rule
 from deltaloom.merge._stack import Opened, Row, Stacked, View, layout
-from deltaloom.merge._stream import type_of, write_merge
+from deltaloom.merge._stream import BLOCK, default_threads, type_of, write_merge
 from deltaloom.merge._vocabulary import (
     check_vocabularies,
     copy_tokenizer,
@@ -30,6 +35,19 @@ from deltaloom.merge._vocabulary import (
 from deltaloom.merge.passthrough import Passthrough
 
 Find = Callable[[Files], Path]
+
+
+@dataclass
+class Plan:
+    """What one document's merge will do."""
+
+    read_bytes: int
+    written_bytes: int
+    scans: Counter[int]
+    """Number of tensors by the passes over them before the one that writes."""
+    buffer_bytes: int
+    """Memory for blocks of all threads; what a rule keeps beside them is not in it."""
+    threads: int
 
 
 class Job:
@@ -73,7 +91,7 @@ class Job:
         stored = set()
         for source, name in zip(row.part.sources, row.names, strict=True):
             opened = self.used[source.model]
-            entry = opened.folder.get(opened.model.tied.get(name, name))
+            entry = opened.find(name)
             if entry is not None and entry.dtype in CODES:
                 stored.add(CODES[entry.dtype])
             if opened.adapter is not None:
@@ -142,6 +160,33 @@ class Job:
         if given or self.checked.precision == "float32":
             return dict.fromkeys(self.rows, given)
         return {name: numbers.name for name, numbers in self.numbers.items()}
+
+    def plan(self, threads: int | None = None) -> Plan:
+        """What the merge will read, write and hold."""
+        threads = threads or default_threads()
+        view, found = self.view, Plan(0, self.nbytes, Counter(), 0, threads)
+        seen: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        for name, entry in view.items():
+            if entry.dtype not in FLOATS or not entry.count:
+                found.read_bytes += entry.nbytes * (1 + len(self.sources))
+                found.scans[0] += 1
+                continue
+            rule = self.rules[name]
+            key = id(rule), entry.shape
+            if key not in seen:
+                at_work = rule.begin(entry, len(self.sources))
+                seen[key] = at_work.scans, at_work.unit
+            scans, unit = seen[key]
+            inputs = [source.table[name] for source in self.sources]
+            own = [opened.entry(there).nbytes for opened, there in inputs]
+            base = entry.nbytes if rule.needs_base else 0
+            found.read_bytes += (scans + 1) * (base + sum(own))
+            found.scans[scans] += 1
+            count = min(max(BLOCK // unit, 1) * unit, entry.count)
+            width = np.dtype(rule.width(entry)).itemsize
+            each = 12 + width * (len(self.sources) + 2)
+            found.buffer_bytes = max(found.buffer_bytes, threads * count * each)
+        return found
 
     def run(
         self,

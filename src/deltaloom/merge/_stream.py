@@ -316,12 +316,17 @@ def write_merge(
             dress(folder)
             stop = threading.Event()
             job = Merge(base, list(sources), rule, writer, block, stop, journal, started)
-            job.run(threads or min(2, os.cpu_count() or 1), progress)
+            job.run(threads or default_threads(), progress)
             journal.unlink(missing_ok=True)
             writer.finish()
         finally:
             writer.close()
     return out
+
+
+def default_threads() -> int:
+    """Threads when nobody says how many."""
+    return min(2, os.cpu_count() or 1)
 
 
 def type_of(stored: str, dtype: str | None) -> str:
