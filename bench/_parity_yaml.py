@@ -29,6 +29,9 @@ SEED = 3
 EXACT = ("linear", "task_arithmetic", "passthrough", "ties")
 """Methods that must be equal to the bit."""
 
+QUICK = ("linear of 3", "task_arithmetic of 2", "ties of 3", "dare_ties", "slerp", "karcher")
+"""Configurations of a quick run, in bfloat16."""
+
 RISING = [0.2, 0.9, 0.5]
 BY_FILTER = [{"filter": "mlp", "value": [0.3, 0.8]}, {"filter": "norm", "value": 0.45}, 0.7]
 
@@ -245,8 +248,10 @@ def draws(name: str, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def jobs() -> dict[str, tuple[str, dict]]:
+def jobs(quick: bool = False) -> dict[str, tuple[str, dict]]:
     """Name -> (format of the models, document)."""
+    if quick:
+        return {name: ("bfloat16", _in("bfloat16", CONFIGS[name])) for name in QUICK}
     found = {
         f"{name}, {dtype}": (dtype, config) for dtype in DTYPES for name, config in CONFIGS.items()
     }
@@ -267,19 +272,19 @@ def _in(dtype: str, value):
     return value
 
 
-def peer(home: Path, python: str) -> None:
+def peer(home: Path, python: str, jobs: dict) -> None:
     """Let mergekit write `home/theirs/NUMBER` for every job."""
     save_file(
         {n: draws(n, int(np.prod(s))) for n, s in shapes().items()}, home / "draws.safetensors"
     )
-    (home / "jobs.json").write_text(json.dumps(list(jobs().values())))
+    (home / "jobs.json").write_text(json.dumps(list(jobs.values())))
     script = str(Path(__file__).with_name("_parity_yaml_peer.py"))
     subprocess.run([python, script, str(home)], check=True)
 
 
-def ours(home: Path, out: Path, config: dict, precision: str) -> dict:
+def ours(home: Path, out: Path, config: dict) -> dict:
     """Our result of one job."""
-    checked = check(parse_config(config, "job"), "job", precision)
+    checked = check(parse_config(config, "job"), "job")
     job = Job(checked, lambda files: home / files.path, seed=SEED)
     job.run(out, 1, 5_000_000_000, yaml=yaml.safe_dump(config).encode())
     return load_file(out / "model.safetensors")
@@ -296,22 +301,24 @@ def unit(home: Path, dtype: str, name: str, result: torch.Tensor) -> torch.Tenso
     return torch.finfo(result.dtype).eps * 2 ** largest.clamp(min=least).log2().floor()
 
 
-def compare(home: Path, precision: str = "mergekit") -> list[tuple[str, float, float, float]]:
-    """Per job: its name, the share of elements that are not equal to the bit, the share further
-    away than a unit, the largest distance.
+def compare(home: Path, jobs: dict) -> list[tuple[str, str, float, float, float]]:
+    """Per job: its name, method, the share of elements that are not equal to the bit, the share
+    further away than a unit, the largest distance.
     """
     rows = []
-    for number, (name, (dtype, config)) in enumerate(jobs().items()):
-        mine = ours(home, home / precision / str(number), config, precision)
+    for number, (name, (dtype, config)) in enumerate(jobs.items()):
+        mine = ours(home, home / "ours" / str(number), config)
         theirs = load_file(home / "theirs" / str(number) / "model.safetensors")
         unequal = beyond = count = 0
         worst = 0.0
-        for key, wanted in theirs.items():
-            got, wanted = mine[key], wanted.to(mine[key].dtype)
+        for key, result in theirs.items():
+            got = mine[key]
+            wanted = result.to(got.dtype)
             bits = torch.int16 if got.element_size() == 2 else torch.int32
             unequal += int((got.view(bits) != wanted.view(bits)).sum())
             apart = (got.double() - wanted.double()).abs() / unit(home, dtype, key, wanted)
             beyond += int((apart > 1).sum())
             worst, count = max(worst, apart.max().item()), count + got.numel()
-        rows.append((name, unequal / count, beyond / count, worst))
+        method = config["merge_method"]
+        rows.append((name, method, unequal / count, beyond / count, worst))
     return rows
