@@ -135,7 +135,7 @@ class FusionTensor(TensorRule):
         n = self.numbers
         first, second = (one.reshape(-1, self.unit) for one in n.read(block.models))
         p, q = (n.add(self._softmax(one), n.scalar(1e-8)) for one in (second, first))
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # float16 has no 1e-8, so that p / q may be 0 / 0
             logs = n.of(np.log(n.div(p, q).astype(np.float64)))
         apart = n.mul(p, logs).sum(axis=-1, keepdims=True, dtype=np.float64)
         return n.mul(np.abs(n.sub(second, first)), n.of(apart)).ravel()

@@ -64,11 +64,13 @@ class Numbers:
 
     def mul(self, left: Any, right: Any) -> np.ndarray:
         """left * right, rounded."""
-        return self.round(np.multiply(left, right))
+        with np.errstate(all="ignore"):  # what is too large is infinite, as in torch
+            return self.round(np.multiply(left, right))
 
     def div(self, left: Any, right: Any) -> np.ndarray:
         """left / right, rounded."""
-        return self.round(np.divide(left, right))
+        with np.errstate(all="ignore"):
+            return self.round(np.divide(left, right))
 
     def factor(self, value: float) -> Any:
         """A setting as a factor of a tensor: it enters a step unrounded, in float32."""

@@ -137,8 +137,7 @@ class CompatNearSwap(CompatRule, ElementRule):
         n = self.numbers
         first, second = n.read(block.models)
         apart = np.maximum(np.abs(n.sub(first, second)), n.scalar(1e-6))
-        with np.errstate(over="ignore"):
-            share = n.mul(n.div(n.work(1), apart), n.factor(self.t))
+        share = n.mul(n.div(n.work(1), apart), n.factor(self.t))
         share = np.clip(share, 0, 1)
         left = n.mul(n.sub(n.work(1), share), first)
         block.out[:] = n.add(n.mul(share, second), left)

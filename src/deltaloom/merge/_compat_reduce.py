@@ -18,10 +18,11 @@ LEVELS = 4
 
 
 @compiled
-def add_cascade(values, start, columns, total, levels, sums):
+def add_cascade(values, start, columns, total, most, levels, sums):
     """sums (rows,) = sums of the vectors of `columns` elements (the last may be shorter) of a
     tensor of `total`, of which flat elements start..start+n are seen here; levels (4, 32) carry an
-    unfinished vector from block to block.
+    unfinished vector from block to block. Vectors of `most` (8) elements and more are added in
+    eights, others one by one, in four sums each.
     """
     done = 0
     while done < values.size:
@@ -29,7 +30,7 @@ def add_cascade(values, start, columns, total, levels, sums):
         length = min(columns, total - row * columns)
         m = min(length - column, values.size - done)
         part = values[done : done + m]
-        width = WIDTH if length >= WIDTH else 1
+        width = most if length >= most else 1
         step = 4 * width
         steps = length // step
         power = 0
@@ -108,16 +109,25 @@ class Reduction:
 
     def add(self, values: np.ndarray, start: int) -> None:
         """See flat elements start..start+n."""
-        add = add_squares if self.squares else add_cascade
-        add(values.reshape(-1), start, self.columns, self.total, self.carried, self.sums)
+        flat, where = values.reshape(-1), (start, self.columns, self.total)
+        if self.squares:
+            add_squares(flat, *where, self.carried, self.sums)
+        else:
+            add_cascade(flat, *where, WIDTH, self.carried, self.sums)
 
 
 def down(values: np.ndarray, *, plain: bool) -> np.ndarray:
     """The sums (rows,) of vectors (rows, n) that lie across memory: `plain` first to last, or as
-    torch's sum does, by levels of at least 16.
+    torch's sum does, by levels of at least 16, and the last rows, up to 31, in four sums each.
     """
-    levels = np.zeros((LEVELS, len(values)), values.dtype)
-    count = values.shape[1]
+    rows, count = values.shape
+    if rest := 0 if plain else rows % STEP:
+        sums = np.zeros(rest, values.dtype)
+        levels = np.zeros((LEVELS, STEP), values.dtype)
+        last = np.ascontiguousarray(values[rows - rest :]).ravel()
+        add_cascade(last, 0, count, last.size, 1, levels, sums)
+        return np.concatenate([down(values[: rows - rest], plain=False), sums])
+    levels = np.zeros((LEVELS, rows), values.dtype)
     power = max(4, (count - 1).bit_length() // LEVELS)
     for i, column in enumerate(values.T, 1):
         levels[0] += column
