@@ -226,8 +226,8 @@ SETTINGS = {
     "multislerp": [{"weight": 0.3}, {"weight": 0.9}, {"weight": 0.4}],
     "nuslerp": [{"weight": 0.3}, {"weight": 0.9}],
     "passthrough": [{"scale": 0.7}],
-    **dict.fromkeys(DRAWN + FAMILY, EACH),
-    **dict.fromkeys(("slerp", "nearswap", "arcee_fusion"), [{}, {}]),
+    **{method: EACH for method in DRAWN + FAMILY},
+    **{method: [{}, {}] for method in ("slerp", "nearswap", "arcee_fusion")},
 }
 SHARED = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.05}, "sce": {"select_topk": 0.3}}
 

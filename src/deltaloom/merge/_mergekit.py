@@ -1,7 +1,8 @@
 """A merge by mergekit's YAML at work: planned from headers, then streamed.
 
 Settings that differ by tensor and model become one rule per tensor; layers of several models become
-a stack that the engine reads as one folder. Arithmetic is that of our methods.
+a stack that the engine reads as one folder. Arithmetic is mergekit's, step by step, or with
+precision float32 that of our methods.
 """
 
 from __future__ import annotations
