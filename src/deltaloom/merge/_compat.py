@@ -11,8 +11,8 @@ from typing import Any
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import get
 from deltaloom.merge._compat_numbers import Numbers
+from deltaloom.merge._compat_parts import Choice
 from deltaloom.merge._compat_sums import (
-    Choice,
     CompatChanges,
     CompatLinear,
     CompatRule,
@@ -95,7 +95,7 @@ def _nuslerp(numbers: Numbers, shared: Values, each: list[Values], base: bool) -
 
 
 def _multislerp(numbers: Numbers, shared: Values, each: list[Values], base: bool) -> CompatRule:
-    from deltaloom.merge._compat_points import CompatMultiSlerp
+    from deltaloom.merge._compat_means import CompatMultiSlerp
 
     if len(each) == 1:
         return CompatScale(numbers, None)
@@ -109,13 +109,13 @@ def _multislerp(numbers: Numbers, shared: Values, each: list[Values], base: bool
 
 
 def _karcher(numbers: Numbers, shared: Values, each: list[Values], base: bool) -> CompatRule:
-    from deltaloom.merge._compat_points import CompatKarcher
+    from deltaloom.merge._compat_means import CompatKarcher
 
     return CompatKarcher(numbers, shared["max_iter"], shared["tol"])
 
 
 def _stock(numbers: Numbers, shared: Values, each: list[Values], base: bool) -> CompatRule:
-    from deltaloom.merge._compat_points import CompatStock
+    from deltaloom.merge._compat_means import CompatStock
 
     return CompatStock(numbers, by_row=shared["filter_wise"])
 

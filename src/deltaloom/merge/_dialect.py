@@ -1,8 +1,9 @@
 """mergekit's methods in our terms: their settings and defaults, and our rule for one tensor.
 
 The rules here are those of precision float32; `_compat.py` has mergekit's own arithmetic for the
-same settings. mergekit gives every tensor and every model settings of its own. A rule here is one for all tensors,
-so `ByTensor` holds one for each, and `Each` lets every model be sparsified in its own way.
+same settings. mergekit gives every tensor and every model settings of its own. A rule here is one
+for all tensors, so `ByTensor` holds one for each, and `Each` lets every model be sparsified in its
+own way.
 """
 
 from __future__ import annotations
