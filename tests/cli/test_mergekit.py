@@ -267,6 +267,8 @@ def test_tokenizers(merge, home, capsys):
 def test_other_vocabularies_are_refused(merge, source):
     with pytest.raises(InputError, match=r"vocabularies of .* differ"):
         merge(PLAIN % ("c", f"tokenizer_source: {source}"))
+    with pytest.raises(InputError, match=r"vocabularies of .* differ"):
+        merge(PLAIN % ("c", f"tokenizer_source: {source}"), "--dry-run")
 
 
 def test_without_a_tokenizer(merge):
@@ -304,6 +306,7 @@ def test_a_plan_writes_nothing(merge, capsys):
     assert f"reads {3 * 4 * size:,} bytes, writes {size:,}" in said.out
     assert f"passes over the inputs: 3 of {len(shapes())} tensors" in said.out
     assert "buffers of " in said.out
+    assert "arithmetic in float32\n" in said.out
     assert "10 groups" in said.out
     assert "a weight=1 density=0.85; b weight=0.225 density=0.5; c weight=0.5" in said.out
     assert said.err.count("has no effect") == 3

@@ -176,6 +176,12 @@ def _show_job(job: Job, threads: int | None) -> None:
     groups: dict[str, list[str]] = {}
     for name, values in job.values.items():
         groups.setdefault(_settings(values), []).append(name)
+    for note in job.tokenizer()[1]:  # which also refuses vocabularies that differ
+        print(f"  note: {note}")
+    if job.checked.precision == "mergekit":
+        finer = " (finer inputs are rounded to it)"
+        found = {one.name + finer * (one.kind > 0 and one.finer) for one in job.numbers.values()}
+        print(f"  arithmetic in {', '.join(sorted(found))}")
     plan = job.plan(threads)
     print(f"  reads {plan.read_bytes:,} bytes, writes {plan.written_bytes:,}")
     scans = [f"{n + 1} of {count} tensors" for n, count in sorted(plan.scans.items())]

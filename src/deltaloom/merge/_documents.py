@@ -107,7 +107,7 @@ def run_documents(
 
 def _key(yaml: bytes, asked: Asked, inputs: Sequence[Path]) -> str:
     """What has to be equal for an interrupted merge to be taken up."""
-    from deltaloom import __version__
+    from deltaloom.core.run import versions
 
     files = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
@@ -116,5 +116,5 @@ def _key(yaml: bytes, asked: Asked, inputs: Sequence[Path]) -> str:
         if file.is_file()
     ]
     said = {name: value for name, value in asdict(asked).items() if name != "threads"}
-    text = json.dumps([__version__, yaml.decode("utf-8", "replace"), said, files])
+    text = json.dumps([versions(), yaml.decode("utf-8", "replace"), said, files])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -207,7 +207,7 @@ class Job:
         """
         checked = self.checked
         donor = self._donor()
-        chosen, notes = self._tokenizer(donor)
+        chosen, notes = self.tokenizer()
 
         def dress(folder: Path) -> None:
             copy_companions(donor, folder, checked.dtype)
@@ -236,11 +236,15 @@ class Job:
         first = self.checked.config.references()[0]
         return self.find(first.model)
 
-    def _tokenizer(self, donor: Path) -> tuple[Path | None, list[str]]:
+    def tokenizer(self) -> tuple[Path | None, list[str]]:
+        """Where the output's tokenizer is from when the document says so, and notes for the user.
+
+        Raises InputError for vocabularies that differ.
+        """
         source = self.checked.config.source_of_tokens()
         if source is None:
             return None, []
-        chosen = self.find(source.model) if isinstance(source, Reference) else donor
+        chosen = self.find(source.model) if isinstance(source, Reference) else self._donor()
         folders = [opened.folder.path for opened in self.used.values()]
         note = check_vocabularies(chosen, folders, str(source), self.checked.place)
         return chosen, [note] if note else []
