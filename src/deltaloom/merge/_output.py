@@ -73,12 +73,12 @@ def published(out: Path, started: str, *, resume: bool) -> Iterator[Path]:
             os.replace(folder, out)
             sync_folder(out.parent)
         except BaseException as error:
-            full = isinstance(error, OSError) and error.errno in FULL
+            full = error.strerror if isinstance(error, OSError) and error.errno in FULL else None
             if not resume or full or isinstance(error, InputError):
                 shutil.rmtree(folder, ignore_errors=True)
             if full:
                 raise InputError(
-                    f"{out}: the disk became full ({error.strerror}); nothing is left of the "
+                    f"{out}: the disk became full ({full}); nothing is left of the "
                     "merge, make room and run it again"
                 ) from None
             raise
