@@ -2,14 +2,17 @@
 
     python bench/parity_mergekit.py [--quick] [--peer-python PATH]
 
-Both merge random models (a base and models a small step from it) in bfloat16 and float32. mergekit
-runs three times: in float64, which is the exact result of its formula and bounds ours; in float32
-with its output rounded to the models' dtype, as we work; and as shipped, in the models' dtype.
-Distances are in
-units in the last place (ulp) of the largest of the inputs at that element, in the models' dtype.
+First the methods, as they stand here. Both merge random models (a base and models a small step from
+it) in bfloat16 and float32. mergekit runs three times: in float64, which is the exact result of its
+formula and bounds ours; in float32 with its output rounded to the models' dtype, as we work; and as
+shipped, in the models' dtype. Distances are in units in the last place (ulp) of the largest of the
+inputs at that element, in the models' dtype.
 mergekit is given our order of equal elements and our random draws; rescaling of random choices,
 where the formulas differ on purpose, is off. Where a choice is discrete (a sign, a threshold), a
 rounding may turn it, and a small share may then be further away.
+
+Then whole merges by mergekit's YAML (`_parity_yaml.py`), ours in the compatibility mode, which
+rounds where mergekit rounds.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import _parity_yaml
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -235,6 +239,25 @@ def compare(folder: Path, theirs: dict[str, torch.Tensor]) -> list[dict[str, obj
     return results
 
 
+def whole_files(home: Path, python: str, quick: bool) -> list[dict[str, object]]:
+    """Rows for merges by whole YAML files in the compatibility mode."""
+    jobs = _parity_yaml.jobs(quick)
+    _parity_yaml.make_models(home)
+    _parity_yaml.peer(home, python, jobs)
+    print()
+    print("by YAML, in the compatibility mode: share of elements not equal to the bit, share more")
+    print("than 1 ulp away, largest distance in ulp")
+    print()
+    results = []
+    for name, method, unequal, beyond, worst in _parity_yaml.compare(home, jobs):
+        print(f"    {name:45s} {unequal:9.4%} {beyond:9.4%} {worst:9.3g}")
+        if method in _parity_yaml.EXACT:
+            results.append(row(f"by YAML, {name}: not equal to the bit", unequal, 0.0, "share"))
+        else:
+            results.append(row(f"by YAML, {name}: beyond 1 ulp", beyond, TURNED, "share"))
+    return results
+
+
 def main() -> None:
     """Make the models, merge on both sides, compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -248,6 +271,7 @@ def main() -> None:
             folder = Path(place)
             make_models(folder, options.quick)
             results = compare(folder, peer(folder, options.peer_python, options.quick))
+            results += whole_files(folder / "files", options.peer_python, options.quick)
     else:
         print("no --peer-python with mergekit: nothing is compared")
     print(json.dumps({"bench": "parity_mergekit", "results": results}))

@@ -79,7 +79,6 @@ def test_faults_are_named(change, fault):
     ("text", "fault"),
     [
         ("{models: [{model: a}], merge_method: tise, base_model: b}", "did you mean 'ties'"),
-        ("{models: [{model: a}], merge_method: ram, base_model: b}", "'ram' is not supported"),
         ("{models: [{model: a}], merge_method: linear}", r"models\[0\] \(a\) has no .*weight"),
         (
             "{models: [{model: a}], merge_method: ties, base_model: b, parameters: {weight: x}}",

@@ -64,7 +64,8 @@ def test_the_scratch_is_as_long_as_the_loops_take_it_to_be():
 def test_a_nan_stays_one_and_infinity_comes_through():
     models = np.array([[0x7F80, 0xFF80, 0x7FFF, 0x3F80]], np.uint16)
     out = np.empty(4, np.uint16)
-    _native.add_bfloat16(None, models, [1.0], 1.0, out)
+    assert _native.add_bfloat16(None, models, [1.0], 1.0, out)
+    assert not _native.add_bfloat16(None, models[:, :2].copy(), [1.0], 1.0, out[:2].copy())
     assert out.tolist() == [0x7F80, 0xFF80, 0x7FFF, 0x3F80]
 
 

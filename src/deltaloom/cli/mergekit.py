@@ -5,44 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltaloom.core.errors import InputError
+from deltaloom.merge._options import SWITCHES, VALUES, size
 
 if TYPE_CHECKING:
     from deltaloom.merge._checked import Checked, Values
     from deltaloom.merge._config import Files, MergeConfig
     from deltaloom.merge._mergekit import Job
 
-SWITCHES = {
-    "allow-crimes": "tensors must have equal names and shapes, whatever the architectures",
-    "unsafe-truncate-embeddings": "models must share one vocabulary",
-    "trust-remote-code": "no code of a model is run",
-    "cuda": "the merge streams on the CPU",
-    "low-cpu-memory": "memory does not grow with the models",
-    "lazy-unpickle": "pickles are never read",
-    "read-to-gpu": "the merge streams on the CPU",
-    "multi-gpu": "the merge streams on the CPU",
-    "gpu-rich": "the merge streams on the CPU",
-    "async-write": "tensors are always written as they are merged",
-    "clone-tensors": "a tensor may be used any number of times",
-    "write-model-card": "no card is written; mergekit_config.yml is",
-    "safe-serialization": "the output is always safetensors",
-}
-"""Flags that change nothing here, and why."""
-VALUES = {
-    "transformers-cache": "the hub's own cache is used (HF_HOME)",
-    "lora-merge-cache": "adapters are merged as they stream",
-    "lora-merge-dtype": "adapters are merged in float32",
-    "device": "the merge streams on the CPU",
-    "write-threads": "tensors are always written as they are merged",
-}
-"""The same with a value."""
-UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "G": 1000**3}
 SHOWN = 40
 """Groups of tensors that a plan lists."""
 Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG OUT [--dry-run] [FLAG]...")]
@@ -52,43 +28,40 @@ def mergekit(words: Words = None) -> None:
     """Merge by a YAML file of mergekit; takes the flags of mergekit-yaml (--help lists them)."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported
     from deltaloom.core.progress import progress
-    from deltaloom.merge._checked import check
-    from deltaloom.merge._config import read_config, where
-    from deltaloom.merge._mergekit import Job
+    from deltaloom.merge._config import read_config
+    from deltaloom.merge._documents import Asked, checked_documents, run_documents
 
     options = _parser().parse_args(words or [])
     configs = read_config(options.config)
-    places = [where(options.config, i, len(configs)) for i in range(len(configs))]
-    checked = [check(one, place) for one, place in zip(configs, places, strict=True)]
+    checked = checked_documents(configs, options.config, options.precision)
     _say([f"{one.place}: {note}" for one in checked for note in one.notes], quiet=False)
     _say(_without_effect(options), quiet=options.quiet)
     if options.dry_run:
         made: set[str] = set()
         for one in checked:
-            _show(one, made)
+            _show(one, made, options.num_threads)
             made.add(one.config.name or "")
         return
     out: Path = options.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        scratch, results = Path(work), {}
-        for i, one in enumerate(checked):
-            last = i == len(checked) - 1
-            target = out if last else scratch / f"document-{i}"
-            (scratch / str(i)).mkdir()
-            job = Job(one, _finder(results), options.random_seed, scratch / str(i))
-            with progress("merge, bytes", job.nbytes) as advance:
-                notes = job.run(
-                    target,
-                    options.num_threads,
-                    options.out_shard_size,
-                    yaml=options.config.read_bytes(),
-                    tokenizer=options.copy_tokenizer,
-                    memory=options.max_memory,
-                    progress=advance,
-                )
-            _say([f"{one.place}: {note}" for note in notes], quiet=False)
-            results[one.config.name] = target
+    asked = Asked(
+        options.random_seed,
+        options.num_threads,
+        options.out_shard_size,
+        options.copy_tokenizer,
+        options.precision,
+        options.max_memory,
+    )
+    with ExitStack() as bars:
+
+        def bar(total: int) -> Any:
+            bars.close()  # that of the document before
+            return bars.enter_context(progress("merge, bytes", total))
+
+        def say(note: str) -> None:
+            _say([note], quiet=False)
+
+        yaml = options.config.read_bytes()
+        run_documents(checked, out, yaml, asked, say=say, progress=bar)
     print(f"done: {out}")
 
 
@@ -102,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="the new model folder")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, merge nothing")
     parser.add_argument("--random-seed", type=int, default=0, help="seed of random choices")
+    parser.add_argument(
+        "--precision",
+        choices=("mergekit", "float32"),
+        default="mergekit",
+        help="round every step as mergekit does, or work in float32 and round once (ours)",
+    )
     parser.add_argument("-j", "--num-threads", type=int, help="threads over tensors (two)")
     parser.add_argument("--out-shard-size", type=_size, default="5B", help="bytes, as 500M or 5B")
     parser.add_argument("--max-memory", type=_size, help="bytes of all buffers, as 256M")
@@ -119,14 +98,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int:
-    number, unit = text.rstrip("kKmMbBgG"), text[-1:].upper() if text[-1:].isalpha() else ""
     try:
-        size = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500M or 5B")
-    return size
+        return size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _without_effect(options: argparse.Namespace) -> list[str]:
@@ -143,18 +118,6 @@ def _without_effect(options: argparse.Namespace) -> list[str]:
 def _say(lines: list[str], *, quiet: bool) -> None:
     for line in () if quiet else lines:
         print(f"note: {line}", file=sys.stderr)
-
-
-def _finder(results: dict[str | None, Path]) -> Any:
-    """Files of a model: the result of an earlier document, a folder, or the hub's."""
-    from deltaloom.core.base import Base
-
-    def find(files: Files) -> Path:
-        if files.path in results:
-            return results[files.path]
-        return Base(model=files.path, revision=files.revision).folder
-
-    return find
 
 
 def _at_hand(files: Files) -> Path:
@@ -182,7 +145,7 @@ def _state(files: Files, made: set[str]) -> str:
     return ""
 
 
-def _show(checked: Checked, made: set[str]) -> None:
+def _show(checked: Checked, made: set[str], threads: int | None) -> None:
     """Print the plan of one document."""
     from deltaloom.merge._mergekit import Job
 
@@ -202,7 +165,7 @@ def _show(checked: Checked, made: set[str]) -> None:
             print(f"    {where if len(found) > 1 else 'all tensors'}: {text}")
         print("  the YAML is right; tensors and bytes are known once every model is at hand")
         return
-    _show_job(Job(checked, _at_hand))
+    _show_job(Job(checked, _at_hand), threads)
 
 
 def _form(config: MergeConfig) -> str:
@@ -211,11 +174,22 @@ def _form(config: MergeConfig) -> str:
     return f"{len(config.models or ())} models" if config.models else "a module"
 
 
-def _show_job(job: Job) -> None:
+def _show_job(job: Job, threads: int | None) -> None:
     groups: dict[str, list[str]] = {}
     for name, values in job.values.items():
         groups.setdefault(_settings(values), []).append(name)
-    print(f"  {len(job.rows)} tensors, {job.nbytes:,} bytes, {len(groups)} groups by settings:")
+    for note in job.tokenizer()[1]:  # which also refuses vocabularies that differ
+        print(f"  note: {note}")
+    if job.checked.precision == "mergekit":
+        finer = " (finer inputs are rounded to it)"
+        found = {one.name + finer * (one.kind > 0 and one.finer) for one in job.numbers.values()}
+        print(f"  arithmetic in {', '.join(sorted(found))}")
+    plan = job.plan(threads)
+    print(f"  reads {plan.read_bytes:,} bytes, writes {plan.written_bytes:,}")
+    scans = [f"{n + 1} of {count} tensors" for n, count in sorted(plan.scans.items())]
+    print(f"  passes over the inputs: {', '.join(scans)}")
+    print(f"  buffers of {plan.threads} threads: {plan.buffer_bytes / 1e6:,.1f} MB")
+    print(f"  {len(job.rows)} tensors, {len(groups)} groups by settings:")
     for text, names in list(groups.items())[:SHOWN]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"    {names[0]}{more}: {text}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import TensorEntry
 from deltaloom.merge._formats import FLOATS
@@ -60,7 +62,7 @@ def needs(
 def _need(tensor: TensorEntry, sources: Sequence[Source], rule: Rule) -> Need:
     if tensor.dtype not in FLOATS:  # copied
         return Need(tensor.name, min(LEAST, tensor.count), 1, ENGINE + 4 * (len(sources) + 2), 0)
-    width = 8 if tensor.dtype == "F64" else 4
+    width = np.dtype(rule.width(tensor)).itemsize
     one = rule.begin(tensor, len(sources))
     parts = [source.part(tensor) for source in sources]
     held = one.held + sum(part.held for part in parts if part is not None)

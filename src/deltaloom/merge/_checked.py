@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deltaloom.core.errors import InputError, suggest
+from deltaloom.merge._compat import build
+from deltaloom.merge._compat_numbers import Numbers
+from deltaloom.merge._compat_sums import CompatScale
 from deltaloom.merge._config import MergeConfig, Reference
 from deltaloom.merge._dialect import Dialect, dialect
 from deltaloom.merge._resolve import (
@@ -23,6 +26,8 @@ from deltaloom.merge.passthrough import PassthroughRule
 
 GENERIC = "model.norm.weight"
 """A tensor's name for settings that are checked before files are."""
+Precision = Literal["mergekit", "float32"]
+SINGLE = Numbers("float32")
 Values = tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]
 """Settings for all models; and of each by name."""
 
@@ -36,6 +41,8 @@ class Checked:
     dialect: Dialect
     parts: list[Slice]
     notes: list[str]
+    precision: Precision = "mergekit"
+    """Whether steps are rounded as in mergekit, or all is float32 and rounded once."""
 
     def base(self, part: Slice) -> Reference | None:
         """What a slice is merged over, if the method takes a base."""
@@ -59,14 +66,22 @@ class Checked:
                 each.append((str(source.model), own))
         return shared, each
 
-    def rule(self, part: Slice, values: Values, seed: int) -> Rule:
-        """The rule for one tensor."""
+    def rule(self, part: Slice, values: Values, seed: int, numbers: Numbers = SINGLE) -> Rule:
+        """The rule for one tensor whose inputs have the format `numbers`."""
         shared, each = values
-        if not each:
-            return PassthroughRule(1.0)  # nothing but the base
+        if not each:  # nothing but the base
+            compatible = self.precision == "mergekit"
+            return CompatScale(numbers, None) if compatible else PassthroughRule(1.0)
+        for name, own in each:
+            if not 0 <= own.get("density", 1.0) <= 1:
+                raise InputError(
+                    f"{self.place}: {name}: density = {own['density']:g} must be from 0 to 1"
+                )
         settings = [own for _, own in each]
         try:
             method, base = self.config.merge_method, self.base(part) is not None
+            if self.precision == "mergekit":
+                return build(method, shared, settings, base, seed, numbers)
             return self.dialect.build(method, shared, settings, base, seed)
         except InputError as error:
             raise InputError(f"{self.place}: {error}") from None
@@ -89,7 +104,7 @@ class Checked:
         return self.config.out_dtype or self.config.dtype
 
 
-def check(config: MergeConfig, place: str) -> Checked:
+def check(config: MergeConfig, place: str, precision: Precision = "mergekit") -> Checked:
     """Check all that does not need the models; raises InputError naming file and key."""
     method = dialect(config.merge_method, place)
     notes = [f"unknown key {path!r} is ignored{hint}" for path, hint in config.unknown_keys()]
@@ -99,7 +114,7 @@ def check(config: MergeConfig, place: str) -> Checked:
         hint = suggest(name, known)
         hint = hint if "did you mean" in hint else ""
         notes.append(f"{path} means nothing to {config.merge_method} and is ignored{hint}")
-    checked = Checked(config, place, method, parts, notes)
+    checked = Checked(config, place, method, parts, notes, precision)
     _check_models(checked)
     for part in parts:
         for _, values in checked.samples([part]):

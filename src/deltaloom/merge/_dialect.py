@@ -1,7 +1,9 @@
 """mergekit's methods in our terms: their settings and defaults, and our rule for one tensor.
 
-mergekit gives every tensor and every model settings of its own. A rule here is one for all tensors,
-so `ByTensor` holds one for each, and `Each` lets every model be sparsified in its own way.
+The rules here are those of precision float32; `_compat.py` has mergekit's own arithmetic for the
+same settings. mergekit gives every tensor and every model settings of its own. A rule here is one
+for all tensors, so `ByTensor` holds one for each, and `Each` lets every model be sparsified in its
+own way.
 """
 
 from __future__ import annotations
@@ -69,6 +71,10 @@ class ByTensor(Rule):
     def begin(self, tensor: TensorEntry, models: int) -> TensorRule:
         """See Rule."""
         return self.rules[tensor.name].begin(tensor, models)
+
+    def width(self, tensor: TensorEntry) -> type[np.floating]:
+        """See Rule."""
+        return self.rules[tensor.name].width(tensor)
 
 
 class Each(Rule):
@@ -211,6 +217,13 @@ def _sce(method: str, shared: Values, each: list[Values], base: bool, seed: int)
     return _own(method, {"density": min(shared["select_topk"], 1.0)}, len(each), seed)
 
 
+def _ram(method: str, shared: Values, each: list[Values], base: bool, seed: int) -> Rule:
+    from deltaloom.merge._compat import build
+    from deltaloom.merge._compat_numbers import Numbers
+
+    return build(method, shared, each, base, seed, Numbers("float32", finer=True))
+
+
 def _passthrough(_: str, shared: Values, each: list[Values], base: bool, seed: int) -> Rule:
     scale = each[0]["scale"]
     return PassthroughRule(1.0 if scale is None else scale)
@@ -231,6 +244,11 @@ def dialects() -> dict[str, Dialect]:
     rows = Parameter("filter_wise", bool, False, shared=True)
     top = Parameter("select_topk", float, 1.0, shared=True)
     least = Parameter("eps", float, 1e-8, shared=True)
+    moved = Parameter("epsilon", float, 1e-5, shared=True)
+    more_alone = (
+        Parameter("r", float, 0.1, shared=True),
+        Parameter("alpha", float, 0.2, shared=True),
+    )
     scale: Any = float | None
     found = {
         "linear": Dialect("ignored", 1, None, (weight, normalize), _linear),
@@ -242,6 +260,8 @@ def dialects() -> dict[str, Dialect]:
         "karcher": Dialect("ignored", 1, None, (steps, near), _plain),
         "model_stock": Dialect("required", 2, None, (rows,), _plain),
         "sce": Dialect("required", 0, None, (mask, top), _sce),
+        "ram": Dialect("required", 0, None, (moved,), _ram),
+        "ramplus_tl": Dialect("required", 0, None, (moved, *more_alone), _ram),
         "passthrough": Dialect("ignored", 1, 1, (Parameter("scale", scale, None),), _passthrough),
     }
     more = {
@@ -267,8 +287,6 @@ def dialects() -> dict[str, Dialect]:
 def dialect(name: str, place: str) -> Dialect:
     """The method `name` of mergekit; raises InputError for one that there is not here."""
     known = dialects()
-    if name in ("ram", "ramplus_tl"):
-        raise InputError(f"{place}: merge_method {name!r} is not supported; try 'ties' or 'sce'")
     if name not in known:
         raise InputError(f"{place}: no merge_method {name!r}{suggest(name, known)}")
     return known[name]

@@ -14,6 +14,7 @@ TILE = 1024
 
 @njit(inline="always")
 def _narrow(bits, out):
+    found = 0
     for i in range(out.size):
         x = bits[i]
         high = x >> uint32(16)
@@ -22,6 +23,8 @@ def _narrow(bits, out):
         # rounding up could turn a NaN into infinity
         is_nan = (x & uint32(0x7FFFFFFF)) > uint32(0x7F800000)
         out[i] = high | uint32(0x40) if is_nan else near
+        found |= is_nan
+    return found
 
 
 @njit(inline="always")
@@ -77,11 +80,12 @@ def add_models(plus, base, models, changes, factors, common, added, k, n, out):
                 part[i] = by * part[i]
 
 
-def add_bfloat16(base, models, factors, common, added, k, n, scratch, bits, out):
+def add_bfloat16(base, models, factors, common, added, k, n, scratch, bits, nan, out):
     """`add_models` on bfloat16 as uint16, without changes; `plus` is the base or, when not `added`,
     nothing, and then nothing is taken off the models either.
 
     scratch (3 TILE,) float32, and the same memory as uint32 `bits`: no float leaves the cache.
+    nan (1,) becomes 1 where a sum is not a number.
     """
     origin = carray(base, (n,))
     rows = carray(models, (k, n))
@@ -120,7 +124,8 @@ def add_bfloat16(base, models, factors, common, added, k, n, scratch, bits, out)
         else:
             for i in range(part.size):
                 part[i] = by * part[i]
-        _narrow(words[2], result[begin:end])
+        if _narrow(words[2], result[begin:end]):
+            carray(nan, (1,))[0] = 1
 
 
 def _sum_of(kind):
@@ -150,6 +155,7 @@ LOOPS = {
             types.int64,
             _floats,
             _long,
+            types.CPointer(types.uint8),
             _words,
         ),
     ),

@@ -1,25 +1,32 @@
 """A merge by mergekit's YAML at work: planned from headers, then streamed.
 
 Settings that differ by tensor and model become one rule per tensor; layers of several models become
-a stack that the engine reads as one folder. Arithmetic is that of our methods.
+a stack that the engine reads as one folder. Arithmetic is mergekit's, step by step, or with
+precision float32 that of our methods.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import DTYPES
 from deltaloom.merge._checked import Checked
+from deltaloom.merge._compat_numbers import CODES, Numbers, common
 from deltaloom.merge._config import Files, Reference
 from deltaloom.merge._dialect import ByTensor
+from deltaloom.merge._formats import FLOATS
 from deltaloom.merge._output import copy_companions
 from deltaloom.merge._rule import Rule
 from deltaloom.merge._stack import Opened, Row, Stacked, View, layout
-from deltaloom.merge._stream import type_of, write_merge
+from deltaloom.merge._stream import BLOCK, default_threads, type_of, write_merge
 from deltaloom.merge._vocabulary import (
     check_vocabularies,
     copy_tokenizer,
@@ -29,6 +36,19 @@ from deltaloom.merge._vocabulary import (
 from deltaloom.merge.passthrough import Passthrough
 
 Find = Callable[[Files], Path]
+
+
+@dataclass
+class Plan:
+    """What one document's merge will do."""
+
+    read_bytes: int
+    written_bytes: int
+    scans: Counter[int]
+    """Number of tensors by the passes over them before the one that writes."""
+    buffer_bytes: int
+    """Memory for blocks of all threads; what a rule keeps beside them is not in it."""
+    threads: int
 
 
 class Job:
@@ -46,12 +66,14 @@ class Job:
             name: checked.values(row.part, row.names, name, row.t)
             for name, row in self.rows.items()
         }
+        self.numbers = {name: self._numbers(row) for name, row in self.rows.items()}
         rules: dict[str, Rule] = {}
         self.rules: dict[str, Rule] = {}
         for name, row in self.rows.items():
-            key = repr(self.values[name])
+            values, numbers = self.values[name], self.numbers[name]
+            key = repr((values, numbers))
             if key not in rules:
-                rules[key] = checked.rule(row.part, self.values[name], seed)
+                rules[key] = checked.rule(row.part, values, seed, numbers)
             self.rules[name] = rules[key]
         self.sources = [self._place(i) for i in range(len(checked.merged(checked.parts[0])))]
         for source in self.sources:
@@ -64,6 +86,20 @@ class Job:
             adapter = self.find(reference.lora) if reference.lora else None
             self._opened[name] = Opened(name, self.find(reference.model), adapter)
         return self._opened[name]
+
+    def _numbers(self, row: Row) -> Numbers:
+        """The format that a tensor is merged in: `dtype`, or the one that holds all inputs."""
+        stored = set()
+        for source, name in zip(row.part.sources, row.names, strict=True):
+            opened = self.used[source.model]
+            entry = opened.find(name)
+            if entry is not None and entry.dtype in CODES:
+                stored.add(CODES[entry.dtype])
+            if opened.adapter is not None:
+                stored.add("adapted")  # its sums are finer than the model's own numbers
+        kinds = sorted(stored & set(CODES.values())) or ["float32"]
+        name = self.checked.config.dtype or common(kinds)
+        return Numbers(name, finer=any(one != name for one in stored))
 
     def _check_ranges(self) -> None:
         for part in self.checked.parts:
@@ -93,9 +129,12 @@ class Job:
             return opened
         key = f"{reference} merged"
         if key not in self._opened:
+            self.scratch.mkdir(exist_ok=True)
             folder = self.scratch / f"base-{len(self._opened)}"
             plain = Passthrough.parse({}, "merge passthrough")
-            plain.merge_folders(opened.folder.path, [opened.adapter.path], folder)
+            if not folder.exists():  # an interrupted merge may have got as far
+                files = opened.folder.path, [opened.adapter.path]
+                plain.merge_folders(*files, folder, resume=True)
             self._opened[key] = Opened(key, folder, None)
         return self._opened[key]
 
@@ -109,9 +148,46 @@ class Job:
     @property
     def nbytes(self) -> int:
         """Bytes of the output's tensors."""
-        dtype = self.checked.dtype
-        entries = self.view.values()
-        return sum(entry.count * DTYPES[type_of(entry.dtype, dtype)][0] for entry in entries)
+        types = self.types
+        return sum(
+            entry.count * DTYPES[type_of(entry.dtype, types[name])][0]
+            for name, entry in self.view.items()
+        )
+
+    @property
+    def types(self) -> dict[str, str | None]:
+        """The output's type of every tensor, None where it is the base's."""
+        given = self.checked.dtype
+        if given or self.checked.precision == "float32":
+            return dict.fromkeys(self.rows, given)
+        return {name: numbers.name for name, numbers in self.numbers.items()}
+
+    def plan(self, threads: int | None = None) -> Plan:
+        """What the merge will read, write and hold."""
+        threads = threads or default_threads()
+        view, found = self.view, Plan(0, self.nbytes, Counter(), 0, threads)
+        seen: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        for name, entry in view.items():
+            if entry.dtype not in FLOATS or not entry.count:
+                found.read_bytes += entry.nbytes * (1 + len(self.sources))
+                found.scans[0] += 1
+                continue
+            rule = self.rules[name]
+            key = id(rule), entry.shape
+            if key not in seen:
+                at_work = rule.begin(entry, len(self.sources))
+                seen[key] = at_work.scans, at_work.unit
+            scans, unit = seen[key]
+            inputs = [source.table[name] for source in self.sources]
+            own = [opened.entry(there).nbytes for opened, there in inputs]
+            base = entry.nbytes if rule.needs_base else 0
+            found.read_bytes += (scans + 1) * (base + sum(own))
+            found.scans[scans] += 1
+            count = min(max(BLOCK // unit, 1) * unit, entry.count)
+            width = np.dtype(rule.width(entry)).itemsize
+            each = 12 + width * (len(self.sources) + 2)
+            found.buffer_bytes = max(found.buffer_bytes, threads * count * each)
+        return found
 
     def run(
         self,
@@ -123,14 +199,16 @@ class Job:
         tokenizer: bool = True,
         memory: int | None = None,
         progress: Callable[[int], None] | None = None,
+        key: str = "",
     ) -> list[str]:
         """Merge into the new folder `out`, beside a copy of the `yaml`; returns notes for the user.
 
-        Raises as `merge_folders` does.
+        An interrupted call of the same `key`, if there is one, is taken up. Raises as
+        `merge_folders` does.
         """
         checked = self.checked
         donor = self._donor()
-        chosen, notes = self._tokenizer(donor)
+        chosen, notes = self.tokenizer()
 
         def dress(folder: Path) -> None:
             copy_companions(donor, folder, checked.dtype)
@@ -147,9 +225,11 @@ class Job:
             dress,
             threads=threads,
             shard_bytes=shard_bytes,
-            dtype=checked.dtype,
+            dtype=self.types,
             memory=memory,
             progress=progress,
+            resume=bool(key),
+            key=key,
         )
         return notes
 
@@ -158,11 +238,15 @@ class Job:
         first = self.checked.config.references()[0]
         return self.find(first.model)
 
-    def _tokenizer(self, donor: Path) -> tuple[Path | None, list[str]]:
+    def tokenizer(self) -> tuple[Path | None, list[str]]:
+        """Where the output's tokenizer is from when the document says so, and notes for the user.
+
+        Raises InputError for vocabularies that differ.
+        """
         source = self.checked.config.source_of_tokens()
         if source is None:
             return None, []
-        chosen = self.find(source.model) if isinstance(source, Reference) else donor
+        chosen = self.find(source.model) if isinstance(source, Reference) else self._donor()
         folders = [opened.folder.path for opened in self.used.values()]
         note = check_vocabularies(chosen, folders, str(source), self.checked.place)
         return chosen, [note] if note else []

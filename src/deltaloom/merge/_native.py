@@ -33,7 +33,7 @@ ARGUMENTS = {
     "narrow": POINTERS * 2 + LENGTHS,
     "add_float32": POINTERS * 6 + LENGTHS * 3 + POINTERS,
     "add_float64": POINTERS * 6 + LENGTHS * 3 + POINTERS,
-    "add_bfloat16": POINTERS * 4 + LENGTHS * 3 + POINTERS * 3,
+    "add_bfloat16": POINTERS * 4 + LENGTHS * 3 + POINTERS * 4,
 }
 """As the signatures in `_loops.py` have them."""
 
@@ -79,13 +79,14 @@ def add_bfloat16(
     factors: list[float],
     common: float,
     out: np.ndarray,
-) -> None:
+) -> bool:
     """out (n,) = base (n,) + common * sum_k factors (k,) (models (k, n) - base (n,)), bfloat16.
 
     As bits, uint16; summed in float32 and rounded once. Without a base it is the models' own sum.
+    Returns whether a NaN is among `out`.
     """
     weights = np.array([common, *factors], np.float32)
-    scratch = np.empty(3 * TILE, np.float32)
+    scratch, nan = np.empty(3 * TILE, np.float32), np.zeros(1, np.uint8)
     _loops()["add_bfloat16"](
         (out if base is None else base).ctypes.data,
         models.ctypes.data,
@@ -96,8 +97,10 @@ def add_bfloat16(
         out.size,
         scratch.ctypes.data,
         scratch.ctypes.data,
+        nan.ctypes.data,
         out.ctypes.data,
     )
+    return bool(nan[0])
 
 
 _lock = threading.Lock()

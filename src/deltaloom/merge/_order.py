@@ -21,6 +21,8 @@ class OrderStatistics:
     def __init__(self, ranks: Sequence[int]):
         self.equal = list(ranks)
         """After two scans: per rank how many of the elements at its magnitude are counted."""
+        self.totals = [0] * len(ranks)
+        """After two scans: per rank how many elements have its magnitude."""
         self.bits = [0] * len(ranks)
         """After two scans: per rank the magnitude bits (31) of its element."""
         self._counts = {0: np.zeros(kernels.HIGH_BINS, np.int64)}
@@ -43,11 +45,13 @@ class OrderStatistics:
         if number == 0:
             for i, rank in enumerate(self.equal):
                 self.bits[i], self.equal[i] = kernels.from_top(self._counts[0], rank)
+                self.totals[i] = int(self._counts[0][self.bits[i]])
             self._counts = {high: np.zeros(kernels.LOW_BINS, np.int64) for high in self.bits}
         else:
             for i, high in enumerate(self.bits):
                 low, self.equal[i] = kernels.from_top(self._counts[high], self.equal[i])
                 self.bits[i] = high << kernels.LOW_BITS | low
+                self.totals[i] = int(self._counts[high][low])
             self._counts = {}
 
     def values(self) -> np.ndarray:

@@ -61,8 +61,11 @@ class TensorRule(ABC):
     def write(self, block: Block) -> None:
         """Fill `block.out`."""
 
-    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> None:
-        """Fill out (n,) from base (n,), if it is needed, and models (k, n): bfloat16 as uint16."""
+    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> bool:
+        """Fill out (n,) from base (n,), if it is needed, and models (k, n): bfloat16 as uint16.
+
+        Returns whether a NaN is among `out`.
+        """
         raise NotImplementedError
 
 
@@ -79,6 +82,12 @@ class Rule(ABC):
     @abstractmethod
     def begin(self, tensor: TensorEntry, models: int) -> TensorRule:
         """Start on one tensor."""
+
+    def width(self, tensor: TensorEntry) -> type[np.floating]:
+        """The type of a block's numbers."""
+        import numpy as np
+
+        return np.float64 if tensor.dtype == "F64" else np.float32
 
 
 class ElementRule(Rule, TensorRule):

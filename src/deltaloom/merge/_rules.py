@@ -41,11 +41,11 @@ class Linear(ElementRule):
         plus = block.base if self.needs_base else None
         add_models(plus, block.base, block.models, given, self.each, self.common, block.out)
 
-    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> None:
+    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> bool:
         """See TensorRule."""
         from deltaloom.merge._native import add_bfloat16
 
-        add_bfloat16(base if self.needs_base else None, models, self.each, self.common, out)
+        return add_bfloat16(base if self.needs_base else None, models, self.each, self.common, out)
 
 
 class Selective(Rule):

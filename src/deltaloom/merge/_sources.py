@@ -61,6 +61,11 @@ class Part(Protocol):
         """Bytes that this took at most to open and keeps while it is read."""
         ...
 
+    @property
+    def path(self) -> Path:
+        """Where it is from."""
+        ...
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """out (n,) float = flat elements start..start+n; scratch is at least 8n bytes, uint8."""
         ...
@@ -89,6 +94,11 @@ class StoredPart:
     gives_change: bool = False
     held: int = 0
 
+    @property
+    def path(self) -> Path:
+        """See Part."""
+        return self.tensor.file.parent
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
         raw = scratch[: out.size * self.tensor.itemsize]
@@ -107,6 +117,7 @@ class ProductPart:
     left: np.ndarray
     right: np.ndarray
     scale: float
+    path: Path
     gives_change: bool = True
 
     @property
@@ -298,7 +309,8 @@ class AdapterSource:
             return None
         left, right, flipped = self._factors(module)
         factors = [self._matrix(entry, flipped) for entry in (left, right)]
-        return ProductPart(*factors, scale=self._scale(module, right.shape[0]))
+        scale = self._scale(module, right.shape[0])
+        return ProductPart(*factors, scale=scale, path=self.path)
 
     def _matrix(self, entry: TensorEntry, flipped: bool) -> np.ndarray:
         out = np.empty(entry.count, np.float32)

@@ -43,6 +43,11 @@ class AdaptedPart:
         """See Part."""
         return self.change.held
 
+    @property
+    def path(self) -> Path:
+        """See Part."""
+        return self.stored.path
+
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
         self.stored.fill(start, out, scratch)
@@ -66,9 +71,17 @@ class Opened:
             self.adapter.check(self.folder)
         self.stacks = stacks(self.folder)
 
+    def find(self, name: str) -> TensorEntry | None:
+        """The tensor `name`, a tied output layer included; None when there is none."""
+        return self.folder.get(self.model.tied.get(name, name))
+
+    def entry(self, name: str) -> TensorEntry:
+        """The tensor `name`, which is there."""
+        return self.folder[self.model.tied.get(name, name)]
+
     def part(self, name: str) -> AdaptedPart | StoredPart:
-        """The tensor `name`, a tied output layer included."""
-        entry = self.folder[self.model.tied.get(name, name)]
+        """The tensor `name`, with the adapter's change."""
+        entry = self.entry(name)
         stored = StoredPart(self.folder, entry)
         change = self.adapter.part(entry) if self.adapter else None
         return AdaptedPart(stored, change) if isinstance(change, ProductPart) else stored
@@ -153,7 +166,7 @@ class View(TensorFolder):
         self._files: dict[Path, int] = {}
         self._entries: dict[str, TensorEntry] = {}
         for name, (opened, own) in table.items():
-            entry = opened.folder[opened.model.tied.get(own, own)]
+            entry = opened.entry(own)
             self._entries[name] = replace(entry, name=name)
             if entry.file not in self._files:
                 self._files[entry.file] = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -177,7 +190,7 @@ class Stacked:
         if self.whole:  # every tensor is to be there, and no other
             next(iter(self.table.values()))[0].model.check(base)
         for name, (opened, own) in self.table.items():
-            entry = opened.folder.get(opened.model.tied.get(own, own))
+            entry = opened.find(own)
             wanted = base[name]
             if entry is None:
                 raise InputError(

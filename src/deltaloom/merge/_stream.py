@@ -75,7 +75,9 @@ class Merge:
     blocks: Mapping[str, int]
     """Elements a block of the tensors whose blocks are narrower than `block`."""
     journal: Path
-    """The start of the machine, then the names of the tensors that are written whole, by line."""
+    """The line `started`, then the names of the tensors that are written whole, by line."""
+    started: str
+    """What the journal of a merge that can be taken up starts with."""
 
     def tensor(self, name: str, space: Workspace) -> None:
         """Merge one tensor and write it."""
@@ -87,7 +89,7 @@ class Merge:
             return None
         parts = [source.part(tensor) for source in self.sources]
         own = StoredPart(self.base, tensor)
-        work = np.dtype(np.float64 if tensor.dtype == "F64" else np.float32)
+        work = np.dtype(self.rule.width(tensor))
         if self.rule.keeps_base and all(part is None for part in parts):
             for block in self._blocks(tensor, space, work):
                 own.fill(block.start, block.out, space.raw)
@@ -106,6 +108,8 @@ class Merge:
         for block in self._blocks(tensor, space, work, rule.unit):
             self._fill(block, own, parts, space)
             rule.write(block)
+            if np.isnan(block.out.max()):
+                self._blame(block, [own, *parts], tensor)
             self._put(block, target, space)
         return None
 
@@ -126,8 +130,24 @@ class Merge:
                 own.read(block.start, base)
             for part, bits in zip(parts, models, strict=True):
                 part.read(block.start, bits)
-            rule.write_bits(base, models, out)
+            if rule.write_bits(base, models, out):
+                self._blame(block, [own, *parts], own.tensor)
             self.writer.write(target.name, block.start, out)
+
+    def _blame(self, block: Block, parts: Sequence[Part | None], tensor: TensorEntry) -> None:
+        """Raise InputError for the input whose NaN made one of the output's."""
+        start, values = block.start, np.empty_like(block.out)
+        raw = np.empty(8 * values.size, np.uint8)  # of its own: the output may have no such input
+        for part in parts:
+            if part is None:
+                continue
+            part.fill(start, values, raw)
+            if np.isnan(values.max()):
+                place = start + int(np.isnan(values).argmax())
+                raise InputError(
+                    f"{part.path}: tensor {tensor.name!r} is not a number at element {place}, and "
+                    "a merge would spread it; mend the model or leave it out"
+                )
 
     def _blocks(
         self, tensor: TensorEntry, space: Workspace, work: np.dtype, unit: int = 1
@@ -225,12 +245,9 @@ class Merge:
 
     def _done(self) -> set[str]:
         """Tensors that an interrupted merge has written whole; starts the journal."""
-        boot = start_of_machine()
-        lines = self.journal.read_text("utf-8").split("\n") if self.journal.exists() else []
-        # What was written reaches the disk with time, unless the machine itself went down.
-        if not boot or lines[:1] != [boot]:
-            self.journal.write_text(boot + "\n", "utf-8")
-            return set()
+        if not self.journal.exists():
+            self.journal.write_text(self.started + "\n", "utf-8")
+        lines = self.journal.read_text("utf-8").split("\n")
         return {json.loads(line) for line in lines[1:-1]}  # the last may be cut short
 
     def _note(self, name: str) -> None:
@@ -308,34 +325,43 @@ def write_merge(
     threads: int | None,
     block: int = BLOCK,
     shard_bytes: int,
-    dtype: str | None,
+    dtype: str | Mapping[str, str | None] | None,
     memory: int | None = None,
     progress: Callable[[int], None] | None,
     resume: bool = False,
+    key: str = "",
 ) -> Path:
     """As `merge_folders`, of what is opened and checked; `dress` puts all but weights beside them.
 
-    `base` is a TensorFolder or something that reads like one.
+    `base` is a TensorFolder or something that reads like one; `dtype` may differ by tensor. What an
+    interrupted merge left is taken up only when its `key` was the same.
     """
     out = Path(out_folder)
-    threads = threads or min(2, os.cpu_count() or 1)
+    threads = threads or default_threads()
     blocks: dict[str, int] = {}
     if memory is not None:
         threads, blocks = fitted(needs(base, sources, rule), memory, threads)
-    layout = [(name, type_of(entry.dtype, dtype), entry.shape) for name, entry in base.items()]
-    with published(out, resume) as folder:
+    types = dtype if isinstance(dtype, Mapping) else dict.fromkeys(base, dtype)
+    layout = [(name, type_of(one.dtype, types[name]), one.shape) for name, one in base.items()]
+    started = f"{start_of_machine()} {key}"
+    with published(out, started, resume=resume) as folder:
         journal = folder / JOURNAL
         writer = TensorWriter(folder, layout, shard_bytes=shard_bytes, keep=journal.exists())
         try:
             dress(folder)
             stop = threading.Event()
-            job = Merge(base, list(sources), rule, writer, block, stop, blocks, journal)
+            job = Merge(base, list(sources), rule, writer, block, stop, blocks, journal, started)
             job.run(threads, progress)
             journal.unlink(missing_ok=True)
             writer.finish()
         finally:
             writer.close()
     return out
+
+
+def default_threads() -> int:
+    """Threads when nobody says how many."""
+    return min(2, os.cpu_count() or 1)
 
 
 def type_of(stored: str, dtype: str | None) -> str:
