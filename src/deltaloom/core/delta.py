@@ -116,7 +116,6 @@ def load(name: str | Path, base: Base) -> Delta:
     names a base of other weights.
     """
     from deltaloom.core.deltas.dense import Dense
-    from deltaloom.core.deltas.lowrank import LowRank
     from deltaloom.core.deltas.sparse import Sparse
 
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
@@ -128,7 +127,7 @@ def load(name: str | Path, base: Base) -> Delta:
             f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
         )
     if (folder / "adapter_config.json").exists():
-        return LowRank.load(folder, base)
+        return _adapter_kind(folder).load(folder, base)
     if (folder / "sparse.safetensors").exists():
         return Sparse.load(folder, base)
     if (folder / "delta.safetensors").exists():
@@ -136,6 +135,15 @@ def load(name: str | Path, base: Base) -> Delta:
     if (folder / "config.json").exists():
         return Dense.from_model(folder, base)
     raise InputError(f"{folder}: neither an adapter, a model nor a delta folder")
+
+
+def _adapter_kind(folder: Path) -> Any:
+    """Which Delta a PEFT adapter folder is, by its `peft_type`; LowRank refuses what is none."""
+    from deltaloom.core.deltas._reading import adapter_config
+    from deltaloom.core.deltas.lowrank import LowRank
+    from deltaloom.core.deltas.routed import Routed
+
+    return {"DELTALOOM_ROUTED": Routed}.get(adapter_config(folder).get("peft_type", ""), LowRank)
 
 
 def _about(folder: Path) -> dict[str, Any]:
