@@ -92,9 +92,7 @@ def _experts(model: Any, number: int) -> Iterator[tuple[str, nn.Module]]:
             yield key, experts[number]
 
 
-def _fill(
-    expert: nn.Module, key: str, delta: Delta, names: set[str], own: TensorFolder
-) -> None:
+def _fill(expert: nn.Module, key: str, delta: Delta, names: set[str], own: TensorFolder) -> None:
     from deltaloom.core.adapters.routed import LowRankBeside
 
     for path, part in expert.named_modules():

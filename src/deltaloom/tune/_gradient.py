@@ -45,6 +45,7 @@ class GradientSettings(Method):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_steps: Count | None = None
     """Optimizer steps between checkpoints to resume from; None makes ten in a run."""
+
     @model_validator(mode="after")
     def _micro_divides(self) -> GradientSettings:
         if self.micro_batch and self.batch_size % self.micro_batch:
