@@ -105,7 +105,7 @@ def test_only_routers_train_and_low_rank_experts_hold_no_copy(llama):
 def test_the_base_comes_first_and_disabled_is_the_base(llama):
     model = routed(llama, include_base=True)
     layer = layers_of(model)[0]
-    assert [*layer.choices("default")][0] is layer.base_layer
+    assert next(layer.choices("default")) is layer.base_layer
     assert layer.routed_gate["default"].weight.shape == (3, 16)
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(IDS).logits, llama.load()(IDS).logits)

@@ -161,18 +161,16 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         (name,) = active  # the tuner lets one be active
         p = self.probabilities(name, x)
         if isinstance(self.base_layer, LINEAR):
-            own = self.base_layer(x)
-            total = own
+            own = total = self.base_layer(x)
             for e, choice in enumerate(self.choices(name)):
                 if isinstance(choice, LowRankBeside):
                     total = total + p[..., e, None] * choice.change(x)
             return total.to(own.dtype)
-        total = None
-        for e, choice in enumerate(self.choices(name)):
-            part = choice(x)
-            weighted = p[..., e, None] * part
-            total = weighted if total is None else total + weighted
-        return total.to(part.dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        parts = [choice(x) for choice in self.choices(name)]
+        total = p[..., 0, None] * parts[0]
+        for e, part in enumerate(parts[1:], 1):
+            total = total + p[..., e, None] * part
+        return total.to(parts[0].dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: what is added depends on the input."""
@@ -214,12 +212,7 @@ class RoutedModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
-    def _post_injection_hook(
-        self,
-        model: nn.Module,
-        config: RoutedConfig,  # pyright: ignore[reportIncompatibleMethodOverride]
-        adapter_name: str,
-    ) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Let every router see the experts of its window of layers."""
         if config.layers == 1:
             return
