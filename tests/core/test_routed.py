@@ -127,7 +127,10 @@ def test_windows_of_layers_move_down_at_the_top(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [{}, {"ranks": [2, 3], "include_base": True, "layers": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ranks": [2, 3], "include_base": True, "layers": 2}, {"level": "example"}],
+)
 def test_peft_loads_what_peft_saved(llama, tmp_path, dtype, settings):
     from peft import PeftModel
 
@@ -151,26 +154,63 @@ def test_peft_loads_what_peft_saved(llama, tmp_path, dtype, settings):
     assert not any("base_layer" in key or ".default" in key for key in one)
 
 
+@pytest.mark.parametrize("level", ["token", "example"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generation_with_a_cache_is_that_without(llama, dtype):
-    model = routed(llama, dtype)
+def test_generation_with_a_cache_is_that_without(llama, dtype, level):
+    model = routed(llama, dtype, level=level)
     padded = {"input_ids": IDS.clone(), "attention_mask": torch.ones_like(IDS)}
     padded["input_ids"][0, :2], padded["attention_mask"][0, :2] = 0, 0
-    texts = [
-        model.generate(
-            **padded, max_new_tokens=8, do_sample=False, use_cache=cached, num_beams=beams
-        )
-        for beams in (1, 3)
-        for cached in (True, False)
-    ]
-    assert torch.equal(texts[0], texts[1])
-    assert torch.equal(texts[2], texts[3])
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for beams in (1, 3):
+        texts, scores = [], []
+        for cached in (True, False):
+            made = model.generate(
+                **padded, **settings, use_cache=cached, num_beams=beams,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            texts.append(made.sequences)
+            scores.append(torch.stack(made.logits).float())
+        assert torch.equal(*texts)
+        torch.testing.assert_close(*scores, atol=1e-4 if dtype == "float32" else 0.1, rtol=0.02)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(llama):
+def test_by_example_routers_read_the_mean_so_far(llama):
+    model = routed(llama, level="example")
+    layer, seen = layers_of(model)[0], []
+    layer.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        model(IDS, attention_mask=mask)
+        ((x, y),) = seen
+        for row in range(2):
+            for t in range(7):
+                inside = x[row, : t + 1][mask[row, : t + 1].bool()]
+                if len(inside):
+                    p = (inside.mean(0) @ layer.routed_gate["default"].weight.T).softmax(-1)
+                    parts = [one(x[row, t]) for one in layer.routed_experts["default"]]
+                    torch.testing.assert_close(y[row, t], p[0] * parts[0] + p[1] * parts[1])
+
+
+def test_by_example_nothing_reads_ahead_or_from_a_foreign_cache(llama):
+    model = routed(llama, level="example")
+    with torch.no_grad():
+        whole, part = model(IDS).logits, model(IDS[:, :4])
+        torch.testing.assert_close(whole[:, :4], part.logits, atol=1e-5, rtol=0)
+        rest = model(IDS[:, 4:], past_key_values=part.past_key_values)
+        torch.testing.assert_close(whole[:, 4:], rest.logits, atol=1e-5, rtol=0)
+        foreign = llama.load()(IDS[:, :4]).past_key_values
+        with pytest.raises(ValueError, match="only from caches that it filled"):
+            model(IDS[:, 4:], past_key_values=foreign)
+    with pytest.raises(ValueError, match="level = 'row'"):
+        routed(llama, level="row")
+
+
+@pytest.mark.parametrize("level", ["token", "example"])
+def test_gradient_checkpointing_gives_the_same_gradients(llama, level):
     found = []
     for checkpointed in (False, True):
-        model = routed(llama).train()
+        model = routed(llama, level=level).train()
         if checkpointed:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,14 +6,17 @@ Specialization" (arXiv 2411.02207), routing; the authors' code for what the pape
 Formula, per routed module: sum_e p_e(x) f_e(x) with p = softmax(G x), token by token; f_e is expert
 e's module, all experts count, and only the routers G (experts, in), without bias, are trained. With
 `layers` = c a router chooses among the experts of its layer and of the c - 1 above it; at the top
-the window is moved down.
+the window is moved down. With `level` = example, p = softmax(G m), m the mean of the module's
+inputs over the tokens up to x's.
 
 Differs: LoRA experts are kept as factors beside the base's weights, not as copies. What a delta
 changes outside the routed modules is left out, and its share of the delta's squared length is said
 (the paper's experts change MLPs only). A routed linear layer adds the experts' changes, weighted.
+Routing by example is ours: its mean goes on over the answer, as nothing tells a model where the
+prompt ends, and never reads ahead.
 
-Not covered: sparse choice (top-k below all experts); routing by example, which would need the
-prompt's pooled states kept beside the cache; one router shared by all layers; bases quantised.
+Not covered: sparse choice (top-k below all experts); one router shared by all layers; quantised
+bases; by example, two forward passes before one backward pass under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -51,6 +54,9 @@ class Route(GradientSettings, Merger):
     every linear layer but the output head, for LoRA experts only."""
     include_base: bool = False
     """Whether the base's own module is one more expert (a variant of the paper's)."""
+    level: Literal["token", "example"] = "token"
+    """What a router reads: each token's input (the paper's), or their mean over the example so
+    far."""
     layers: Annotated[int, Field(ge=1)] = 1
     """Layers whose experts a router chooses among, its own and those above (the paper: 1 to 4)."""
 
@@ -108,6 +114,7 @@ class Route(GradientSettings, Merger):
             ranks=ranks,
             include_base=self.include_base,
             layers=self.layers,
+            level=self.level,
         )
         set_seed(run.seed)
         try:

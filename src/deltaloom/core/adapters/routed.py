@@ -5,7 +5,9 @@ A routed module computes sum_e p_e(x) f_e(x), p = softmax(G x): f_e is the modul
 whole copy, or its structure with low-rank changes beside the base's own linear layers, which are
 not copied. On a linear layer, experts are low-rank changes only and share the layer's output, as
 the p_e sum to one. With `layers` > 1 a module also routes to the experts of the same modules in the
-layers above it; near the top the window is moved down so that it stays as wide.
+layers above it; near the top the window is moved down so that it stays as wide. With `level` =
+"example" the router reads the mean of the module's inputs over the tokens so far instead of the
+token's own, so that a choice is the example's and changes slowly, and none sees what comes later.
 
 Experts are frozen and in the base's type; routers and low-rank factors are float32.
 """
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.core.adapters._register import register
+from deltaloom.core.adapters._running import RunningMeans
 
 NAME = "deltaloom_routed"
 KIND = NAME.upper()
@@ -47,6 +50,10 @@ class RoutedConfig(PeftConfig):
         default=False, metadata={"help": "The base's own module is the first expert."}
     )
     layers: int = field(default=1, metadata={"help": "Layers whose experts a router sees."})
+    level: str = field(
+        default="token",
+        metadata={"help": "What a router reads: the token's input, or the example's mean so far."},
+    )
 
     def __post_init__(self) -> None:
         """Set the kind; raises ValueError for settings that do not fit together."""
@@ -56,6 +63,8 @@ class RoutedConfig(PeftConfig):
             raise ValueError(f"{len(self.experts)} experts with the ranks {self.ranks}")
         if self.layers < 1:
             raise ValueError(f"layers = {self.layers}: must be at least 1")
+        if self.level not in ("token", "example"):
+            raise ValueError(f"level = {self.level!r}: must be token or example")
 
 
 class LowRankBeside(nn.Module):
@@ -119,6 +128,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.window: dict[str, tuple[RoutedLayer, ...]] = {}
         """By adapter, whose experts are routed to; one of them is this layer."""
         self.include_base: dict[str, bool] = {}
+        self.means: dict[str, RunningMeans] = {}
+        """By adapter, where it routes by example."""
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: RoutedConfig, width: int) -> None:
@@ -139,6 +150,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """See BaseTunerLayer."""
         super().delete_adapter(adapter_name)
         self.window.pop(adapter_name, None)
+        self.means.pop(adapter_name, None)
         self.include_base.pop(adapter_name, None)
 
     def choices(self, adapter_name: str) -> Iterator[nn.Module]:
@@ -149,8 +161,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             yield from layer.routed_experts[adapter_name]  # pyright: ignore[reportGeneralTypeIssues]
 
     def probabilities(self, adapter_name: str, x: Tensor) -> Tensor:
-        """(..., experts) of the inputs (..., in), float32."""
+        """(..., experts) of the inputs (..., in), float32; by example (b, T, in)."""
         gate: Any = self.routed_gate[adapter_name]
+        if adapter_name in self.means:
+            x = self.means[adapter_name].mean(self, x)
         return gate(x.to(gate.weight.dtype)).float().softmax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,13 +227,17 @@ class RoutedModel(BaseTuner):
             layer.requires_grad_(False)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Let every router see the experts of its window of layers."""
-        if config.layers == 1:
-            return
+        """Let every router see the experts of its window, and the example if it routes by it."""
         rows: dict[str, list[RoutedLayer]] = {}
         for key, module in model.named_modules():
             if isinstance(module, RoutedLayer) and adapter_name in module.routed_gate:
                 rows.setdefault(key.rpartition(".")[2], []).append(module)
+        if config.level == "example":
+            means = RunningMeans(model.get_decoder())  # pyright: ignore[reportCallIssue]
+            for layer in (layer for row in rows.values() for layer in row):
+                layer.means[adapter_name] = means
+        if config.layers == 1:
+            return
         for name, row in rows.items():
             if len(row) < config.layers:
                 raise ValueError(
