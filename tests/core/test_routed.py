@@ -231,18 +231,20 @@ def test_what_a_config_must_say(llama):
         routed(llama).merge_and_unload()
 
 
-def test_two_adapters_live_side_by_side_and_one_is_active(llama):
-    model = routed(llama)
-    before = model(IDS).logits
-    model.add_adapter("more", RoutedConfig(target_modules=["mlp"], experts=["c"], ranks=[2]))
-    assert torch.equal(model(IDS).logits, before)
-    model.set_adapter("more")
-    assert not torch.equal(model(IDS).logits, before)
-    with pytest.raises(ValueError, match="one routed adapter"):
-        model.base_model.set_adapter(["default", "more"])
-    model.set_adapter("default")
-    model.delete_adapter("more")
-    assert torch.equal(model(IDS).logits, before)
+def test_two_adapters_live_side_by_side_and_one_is_active(llama, tmp_path):
+    model, other = routed(llama), routed(llama, ranks=[2, 0], layers=2, level="example")
+    with torch.no_grad():
+        before, wanted = model(IDS).logits, other(IDS).logits
+        other.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "more")
+        assert torch.equal(model(IDS).logits, before)
+        model.set_adapter("more")
+        assert torch.equal(model.eval()(IDS).logits, wanted)
+        with pytest.raises(ValueError, match="one routed adapter"):
+            model.base_model.set_adapter(["default", "more"])
+        model.set_adapter("default")
+        model.delete_adapter("more")
+        assert torch.equal(model(IDS).logits, before)
 
 
 def test_without_the_import_peft_names_the_kind(llama, tmp_path):

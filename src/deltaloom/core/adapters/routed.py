@@ -226,7 +226,12 @@ class RoutedModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *rest: Any, **named: Any) -> None:
+        """See BaseTuner; here and in no hook, since PEFT calls those for the first adapter only."""
+        super().inject_adapter(model, adapter_name, *rest, **named)
+        self._link(model, self.peft_config[adapter_name], adapter_name)
+
+    def _link(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Let every router see the experts of its window, and the example if it routes by it."""
         rows: dict[str, list[RoutedLayer]] = {}
         for key, module in model.named_modules():
