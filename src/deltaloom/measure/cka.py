@@ -96,13 +96,15 @@ class Cka(Measurer):
 
     def _other(self, model: Any, origin: Origin | None) -> Origin:
         from deltaloom.core.base import Base
+        from deltaloom.core.delta import adapter_kind
         from deltaloom.core.origin import Origin
         from deltaloom.engine.forward import device_of
 
         device = {"device": str(device_of(model))}
         if self.other is not None:
             base = Base(model=self.other, **device)
-            if (base.folder / "config.json").exists():
+            # Some adapters lie beside a copy of their base's config.
+            if adapter_kind(base.folder) is None and (base.folder / "config.json").exists():
                 return Origin(base)
         if origin is None:
             raise InputError(
