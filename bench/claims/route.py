@@ -159,9 +159,9 @@ def over_seeds(values: list[float]) -> Estimate:
 
 
 def shown(values: list[float], sign: str = "") -> str:
-    """Mean, interval (of several seeds)."""
+    """Mean, and its interval where seeds differ."""
     one = over_seeds(values)
-    if len(values) == 1:
+    if max(values) - min(values) < 1e-6:
         return f"{one.value:{sign}.3f}"
     return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
