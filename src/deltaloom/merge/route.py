@@ -16,7 +16,8 @@ Routing by example is ours: its mean goes on over the answer, as nothing tells a
 prompt ends, and never reads ahead.
 
 Not covered: sparse choice (top-k below all experts); one router shared by all layers; quantised
-bases; a window of layers that lie on several devices; by example, two forward passes before one backward pass under gradient checkpointing.
+bases; a window of layers that lie on several devices; by example, two forward passes before one
+backward pass under gradient checkpointing.
 """
 
 from __future__ import annotations
