@@ -1,4 +1,3 @@
-import itertools
 import json
 import math
 
@@ -8,64 +7,14 @@ import torch
 from torch.func import functional_call, jacrev
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.estimate import compare
 from deltaloom.core.method import Sizes
 from deltaloom.measure._affinity import affinities, margin_pseudovalues, margins, unit
-from deltaloom.measure._cka import cka, cka_pseudovalues
 from deltaloom.measure.similarity import Similarity
 
 
 @pytest.fixture
 def draw():
     return np.random.default_rng(3)
-
-
-def hsic_by_tuples(k, l):  # noqa: E741
-    """The U-statistic over all quadruples of different examples (Gretton et al. 2005, eq. 5)."""
-    total = count = 0
-    for i, j, q, r in itertools.permutations(range(len(k)), 4):
-        total += k[i, j] * l[i, j] + k[i, j] * l[q, r] - 2 * k[i, j] * l[i, q]
-        count += 1
-    return total / count
-
-
-def cka_by_tuples(x, y):
-    k, l = x @ x.T, y @ y.T  # noqa: E741
-    return hsic_by_tuples(k, l) / math.sqrt(hsic_by_tuples(k, k) * hsic_by_tuples(l, l))
-
-
-def test_cka_is_its_definition(draw):
-    x, y = draw.normal(size=(9, 3)) + 5, draw.normal(size=(9, 4))
-    y[:, :2] += x[:, :2]
-    np.testing.assert_allclose(cka(x, y), cka_by_tuples(x, y), rtol=1e-9)
-
-
-def test_cka_sees_no_rotation_scale_or_shift(draw):
-    x = draw.normal(size=(20, 6))
-    q, _ = np.linalg.qr(draw.normal(size=(6, 6)))
-    assert cka(x, 3 * x @ q + 7) == pytest.approx(1)
-    np.testing.assert_allclose(cka_pseudovalues(x, 3 * x @ q + 7), 1)
-
-
-def test_cka_of_unrelated_wide_representations_is_about_zero(draw):
-    found = [cka(draw.normal(size=(30, 200)), draw.normal(size=(30, 200))) for _ in range(40)]
-    error = np.std(found) / math.sqrt(40)
-    assert abs(np.mean(found)) < 3 * error
-    # The biased estimator, which calls them alike, is what this one is for.
-    x, y = (z - z.mean(0) for z in (draw.normal(size=(30, 200)), draw.normal(size=(30, 200))))
-    biased = np.linalg.norm(x.T @ y) ** 2 / np.linalg.norm(x @ x.T) / np.linalg.norm(y @ y.T)
-    assert biased > 0.5
-
-
-def test_cka_pseudovalues_are_the_jackknife(draw):
-    x, y = draw.normal(size=(8, 3)), draw.normal(size=(8, 2))
-    y[:, 0] += x[:, 0]
-    wanted = [8 * cka(x, y) - 7 * cka(np.delete(x, i, 0), np.delete(y, i, 0)) for i in range(8)]
-    np.testing.assert_allclose(cka_pseudovalues(x, y), wanted, rtol=1e-9)
-
-
-def test_cka_of_what_does_not_vary_is_no_number(draw):
-    assert math.isnan(cka(np.ones((6, 3)), draw.normal(size=(6, 2))))
 
 
 def examples(draw, sizes, width=40, shared=1.0):
@@ -218,65 +167,6 @@ def test_a_task_needs_three_rows(tiny, rows, run):
         Similarity().measure(tiny.model, tiny.tokenizer, rows(), run)
 
 
-def disturbed(tmp_path, base, noise, seed=7):
-    """A copy of the base with noise on every weight, as a folder."""
-    model = base.load()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * parameter.std() * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / f"other{noise}")
-    base.tokenizer().save_pretrained(tmp_path / f"other{noise}")
-    return str(tmp_path / f"other{noise}")
-
-
-def test_alignment_falls_with_distance_and_pairs(tiny, base, rows, run, tmp_path):
-    data = rows(*lessons(30))
-    found = {}
-    for noise in (0.0, 0.1, 3.0):
-        method = Similarity(other=disturbed(tmp_path, base, noise))
-        found[noise] = method.measure(tiny.model, tiny.tokenizer, data, run)
-    same, near, far = found.values()
-    assert same.value == pytest.approx(1)
-    assert same.metric == "cka"
-    assert 1 > near.value > far.value
-    assert compare(near, far).difference.low > 0
-    assert near.cost["forward_tokens"] == far.cost["forward_tokens"] > 0
-
-
-def test_alignment_is_the_cka_of_pooled_states(tiny, base, rows, run, tmp_path):
-    from deltaloom.core.base import Base
-    from deltaloom.core.encoding import encode
-
-    data = rows(*lessons(9))
-    folder = disturbed(tmp_path, base, 0.5)
-    found = Similarity(other=folder, pooling="last").measure(tiny.model, tiny.tokenizer, data, run)
-    states = []
-    for model in (tiny.model, Base(model=folder, device="cpu").load()):
-        with torch.no_grad():
-            own = [
-                model.model(input_ids=torch.tensor([row.input_ids])).last_hidden_state[0, -1]
-                for row in encode(data, tiny.tokenizer, 64)
-            ]
-        states.append(torch.stack(own).double().numpy())
-    np.testing.assert_allclose(run.record["notes"]["cka"], cka_by_tuples(*states), rtol=1e-4)
-    wanted = cka_pseudovalues(*states)
-    np.testing.assert_allclose([found.items[f"r{k}"] for k in range(9)], wanted, atol=1e-4)
-
-
-def test_alignment_needs_rows_that_differ(tiny, base, rows, run, tmp_path):
-    method = Similarity(other=disturbed(tmp_path, base, 0.1))
-    with pytest.raises(InputError, match="needs 5"):
-        method.measure(tiny.model, tiny.tokenizer, rows(*lessons(4)), run)
-    same = rows(*({**row, "prompt": "what ", "completion": "a"} for row in lessons(6)))
-    with pytest.raises(InputError, match="are the same"):
-        method.measure(tiny.model, tiny.tokenizer, same, run)
-    with pytest.raises(InputError, match="nowhere"):
-        Similarity(other=str(tmp_path / "nowhere")).measure(
-            tiny.model, tiny.tokenizer, rows(*lessons(6)), run
-        )
-
-
 def test_plan():
     sizes = Sizes(
         rows=10,
@@ -290,4 +180,3 @@ def test_plan():
     )
     assert Similarity().work(sizes).adapter_tokens == 80
     assert Similarity(parameters="all").work(sizes).full_tokens == 80
-    assert Similarity(other="x").work(sizes).forward_tokens == 160

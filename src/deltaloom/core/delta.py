@@ -117,6 +117,7 @@ def load(name: str | Path, base: Base) -> Delta:
     """
     from deltaloom.core.deltas.dense import Dense
     from deltaloom.core.deltas.lowrank import LowRank
+    from deltaloom.core.deltas.routed import Routed
     from deltaloom.core.deltas.sparse import Sparse
 
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
@@ -127,8 +128,9 @@ def load(name: str | Path, base: Base) -> Delta:
             f"{folder}: is a delta over {about['base'].get('model')} ({recorded}), not over "
             f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
         )
-    if (folder / "adapter_config.json").exists():
-        return LowRank.load(folder, base)
+    adapter = adapter_kind(folder)
+    if adapter is not None:  # LowRank refuses by name what it does not know
+        return {"DELTALOOM_ROUTED": Routed}.get(adapter, LowRank).load(folder, base)
     if (folder / "sparse.safetensors").exists():
         return Sparse.load(folder, base)
     if (folder / "delta.safetensors").exists():
@@ -136,6 +138,16 @@ def load(name: str | Path, base: Base) -> Delta:
     if (folder / "config.json").exists():
         return Dense.from_model(folder, base)
     raise InputError(f"{folder}: neither an adapter, a model nor a delta folder")
+
+
+def adapter_kind(folder: Path) -> str | None:
+    """PEFT's name of the kind of adapter in `folder` (`LORA`); None where there is no adapter.
+
+    Raises InputError for a config that cannot be read.
+    """
+    from deltaloom.core.deltas._reading import CONFIG, adapter_config
+
+    return str(adapter_config(folder).get("peft_type")) if (folder / CONFIG).exists() else None
 
 
 def _about(folder: Path) -> dict[str, Any]:

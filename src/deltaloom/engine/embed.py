@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from deltaloom.core.encoding import Encoded
+from deltaloom.core.errors import InputError
 from deltaloom.engine.forward import TOKENS_PER_BATCH, budgeted, device_of
 
 Pooling = Literal["mean", "weighted", "last"]
 """Weight of token i of T, counted from 1: 1 / T; i / (1 + ... + T), as RDS+ has it; only T's."""
+Tokens = Literal["all", "response"]
 
 
 def embeddings(
@@ -47,26 +50,45 @@ def embeddings(
     Raises:
         ValueError: A row has no tokens, or `pooling` is none of the three.
     """
-    if pooling not in get_args(Pooling):
-        raise ValueError(f"pooling = {pooling!r}: must be one of {', '.join(get_args(Pooling))}")
-    lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)  # (n,)
-    if not lengths.all():
-        raise ValueError(f"row {rows[int(lengths.argmin())].id!r} has no tokens")
-    # Longest first, as too large a batch should fail at once.
-    order = np.argsort(-lengths, kind="stable")
     decoder = _Decoder(model)
-    kind = "cpu" if decoder.device.type == "cpu" else "other"
-    found = np.zeros((len(rows), embedding_width(model)), np.float32)
-    for batch in budgeted(lengths[order].tolist(), tokens_per_batch or TOKENS_PER_BATCH[kind]):
-        numbers = order[batch]
-        own = lengths[numbers]  # (b,)
-        ids = np.full((len(batch), own.max()), pad_id)  # (b, T)
-        for line, number in zip(ids, numbers, strict=True):
-            line[: lengths[number]] = rows[number].input_ids
-        found[numbers] = decoder.pooled(ids, own, pooling)
-        if on_batch is not None:
-            on_batch(len(batch), int(own.sum()))
-    return found
+    counted = [np.ones(len(row.input_ids), bool) for row in rows]
+    taps = [_Tap(decoder.inner)]
+    width = embedding_width(model)
+    return _pooled(decoder, taps, width, rows, counted, pad_id, pooling, tokens_per_batch, on_batch)
+
+
+def layer_embeddings(
+    model: Any,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    pooling: Pooling = "mean",
+    tokens: Tokens = "all",
+    tokens_per_batch: int | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Every layer's hidden states of each row in one pass, pooled as `embeddings` does.
+
+    What goes into the first block, what comes out of each, and what the final norm makes of that,
+    side by side: float32 `(n, sum of layer_widths(model))`. Only pooled states are held. `tokens`
+    = "response" pools the response's tokens alone.
+
+    Raises:
+        ValueError: As `embeddings` does; also for a row without a counted token.
+        InputError: The model has no stack of as many blocks as its config says.
+    """
+    decoder = _Decoder(model)
+    masks = [row.response_mask if tokens == "response" else row.input_ids for row in rows]
+    counted = [np.array(mask, bool) | (tokens == "all") for mask in masks]
+    blocks = decoder.blocks()
+    taps = [_Tap(blocks[0], before=True), *map(_Tap, blocks), _Tap(decoder.inner)]
+    width = sum(layer_widths(model))
+    return _pooled(decoder, taps, width, rows, counted, pad_id, pooling, tokens_per_batch, on_batch)
+
+
+def layer_widths(model: Any) -> list[int]:
+    """Width of each part of `layer_embeddings`: before the blocks, after each, after the norm."""
+    config = model.config.get_text_config()
+    return [int(config.hidden_size)] * (config.num_hidden_layers + 1) + [embedding_width(model)]
 
 
 def embedding_width(model: Any) -> int:
@@ -76,8 +98,44 @@ def embedding_width(model: Any) -> int:
     return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
 
 
+def _pooled(
+    decoder: _Decoder,
+    taps: Sequence[_Tap],
+    width: int,
+    rows: Sequence[Encoded],
+    counted: Sequence[NDArray[np.bool_]],
+    pad_id: int,
+    pooling: Pooling,
+    tokens_per_batch: int | None,
+    on_batch: Callable[[int, int], None] | None,
+) -> NDArray[np.float32]:
+    """(n, width) pooled over the tokens that `counted` marks, (T,) for each row."""
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling = {pooling!r}: must be one of {', '.join(get_args(Pooling))}")
+    for row, mask in zip(rows, counted, strict=True):
+        if not mask.any():
+            raise ValueError(f"row {row.id!r} has no tokens")
+    lengths = np.array([len(mask) for mask in counted], dtype=np.int64)  # (n,)
+    # Longest first, as too large a batch should fail at once.
+    order = np.argsort(-lengths, kind="stable")
+    kind = "cpu" if decoder.device.type == "cpu" else "other"
+    found = np.zeros((len(rows), width), np.float32)
+    for batch in budgeted(lengths[order].tolist(), tokens_per_batch or TOKENS_PER_BATCH[kind]):
+        numbers = order[batch]
+        own = lengths[numbers]  # (b,)
+        ids = np.full((len(batch), own.max()), pad_id)  # (b, T)
+        marked = np.zeros(ids.shape, bool)
+        for line, mark, number in zip(ids, marked, numbers, strict=True):
+            line[: lengths[number]] = rows[number].input_ids
+            mark[: lengths[number]] = counted[number]
+        found[numbers] = decoder.pooled(ids, own, _weights(marked, pooling), taps)
+        if on_batch is not None:
+            on_batch(len(batch), int(own.sum()))
+    return found
+
+
 def _weights(real: NDArray[np.bool_], pooling: Pooling) -> NDArray[np.float32]:
-    """(b, T) weights that sum to 1 over each row's real tokens and are 0 on padding."""
+    """(b, T) weights that sum to 1 over each row's real tokens and are 0 on all others."""
     place = real.cumsum(axis=1) * real  # (b, T), 1 to the row's length
     if pooling == "mean":
         raw = real
@@ -103,14 +161,32 @@ class _Decoder:
         wanted = {"use_cache": False, **({"logits_to_keep": 1} if virtual else {})}
         self.options = {key: value for key, value in wanted.items() if key in accepted}
 
+    def blocks(self) -> torch.nn.ModuleList:
+        """The stack of blocks."""
+        count = self.inner.config.get_text_config().num_hidden_layers
+        for module in self.inner.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+                return module
+        raise InputError(f"{type(self.inner).__name__} has no stack of {count} blocks")
+
     def pooled(
-        self, ids: NDArray[Any], lengths: NDArray[Any], pooling: Pooling
+        self,
+        ids: NDArray[Any],
+        lengths: NDArray[Any],
+        weights: NDArray[np.float32],
+        taps: Sequence[_Tap],
     ) -> NDArray[np.float32]:
-        """(b, h) for the rows `ids` (b, T) padded on the right."""
+        """(b, h1 + h2 + ...) of the taps, for the rows `ids` (b, T) padded on the right."""
         width = ids.shape[1]
         real = np.arange(width) < lengths[:, None]  # (b, T)
-        kept: list[torch.Tensor] = []
-        handle = self.inner.register_forward_hook(lambda *call: kept.append(call[-1][0]))
+        found: list[torch.Tensor] = []
+
+        def pool(hidden: torch.Tensor) -> None:
+            hidden = hidden[:, -width:].float()  # (b, T, h)
+            share = torch.from_numpy(weights).to(hidden.device)
+            found.append((share[:, :, None] * hidden).sum(1).cpu())
+
+        handles = [tap.hook(pool) for tap in taps]
         try:
             with torch.inference_mode():
                 self.outer(
@@ -118,8 +194,26 @@ class _Decoder:
                     attention_mask=torch.from_numpy(real.astype(np.int64)).to(self.device),
                     **self.options,
                 )
-                hidden = kept[-1][:, -width:].float()  # (b, T, h)
-                weights = torch.from_numpy(_weights(real, pooling)).to(hidden.device)
-                return (weights[:, :, None] * hidden).sum(1).cpu().numpy()
+            return torch.cat(found, dim=1).numpy()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """Where hidden states are read: what comes out of a module, or what goes in."""
+
+    module: torch.nn.Module
+    before: bool = False
+
+    def hook(self, pool: Callable[[torch.Tensor], None]) -> Any:
+        """Call `pool` with the states whenever the module runs; gives the hook's handle."""
+        if self.before:
+            return self.module.register_forward_pre_hook(
+                lambda _, given, named: pool(given[0] if given else named["hidden_states"]),
+                with_kwargs=True,
+            )
+        return self.module.register_forward_hook(
+            lambda _, __, made: pool(made if isinstance(made, torch.Tensor) else made[0])
+        )

@@ -12,7 +12,7 @@ import numpy as np
 from deltaloom.core.encoding import Encoded
 from deltaloom.core.features import Features
 from deltaloom.core.spec import digest
-from deltaloom.engine.embed import Pooling, embedding_width, embeddings
+from deltaloom.engine.embed import Pooling, Tokens, layer_embeddings, layer_widths
 from deltaloom.engine.gradients import sketched
 from deltaloom.engine.meter import forward_cost, training_cost
 from deltaloom.engine.projection import Sparse
@@ -61,10 +61,10 @@ class Pass(Job):
 
         return shard
 
-    def matrix(
+    def filled(
         self, model: Any, data: Examples, width: int, about: dict[str, Any], run: Run
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """(n, width) float32 and what it cost, by `run`'s workers if they can load the model.
+    ) -> tuple[Features, dict[str, float]]:
+        """A row of `width` for each row and what they cost, by `run`'s workers if they can load it.
 
         Shards stay in the run's scratch, so an interrupted measurement goes on where it was.
         """
@@ -74,7 +74,7 @@ class Pass(Job):
         workers = run.model_workers
         if workers.here:
             self.model = model
-        found = fill(self.store, self, run, workers).matrix()
+        found = fill(self.store, self, run, workers)
         return found, self.cost(model, sum(len(row.input_ids) for row in self.rows))
 
 
@@ -102,31 +102,57 @@ class Gradients(Pass):
         trainable: Literal["adapter", "all"] = "adapter" if self.parameters == "lora" else "all"
         return training_cost(model, tokens, trainable)
 
-    def matrix_of(self, model: Any, data: Examples, run: Run) -> Any:
-        """See `Pass.matrix`."""
+    def matrix_of(
+        self, model: Any, data: Examples, run: Run
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """(n, dimension) float32 in memory, and what it cost."""
         about = {
             "what": "gradients",
             "parameters": [self.parameters, self.r],
             "projection": [self.dimension, self.seed],
         }
-        return self.matrix(model, data, self.dimension, about, run)
+        store, cost = self.filled(model, data, self.dimension, about, run)
+        return store.matrix(), cost
 
 
 @dataclass
-class States(Pass):
-    """Pooled last hidden states."""
+class LayerStates(Pass):
+    """Pooled hidden states of every layer, side by side."""
 
     pooling: Pooling
+    tokens: Tokens
 
     def of(self, model: Any, rows: list[Encoded]) -> np.ndarray:
         """See Pass."""
-        return embeddings(model.eval(), rows, self.pad_id, self.pooling)
+        return layer_embeddings(model.eval(), rows, self.pad_id, self.pooling, self.tokens)
 
     def cost(self, model: Any, tokens: int) -> dict[str, float]:
         """See Pass."""
         return forward_cost(model, tokens)
 
-    def matrix_of(self, model: Any, data: Examples, whose: str, run: Run) -> Any:
-        """See `Pass.matrix`; `whose` tells the models of a comparison apart."""
-        about = {"what": "hidden states", "pooling": self.pooling, "whose": whose}
-        return self.matrix(model, data, embedding_width(model), about, run)
+    def stored(
+        self, model: Any, data: Examples, whose: str, run: Run
+    ) -> tuple[Layers, dict[str, float]]:
+        """The layers, and what they cost; `whose` tells the models of a comparison apart."""
+        pooling = [self.pooling, self.tokens]
+        about = {"what": "hidden states", "pooling": pooling, "whose": whose}
+        widths = layer_widths(model)
+        store, cost = self.filled(model, data, sum(widths), about, run)
+        return Layers(store, widths), cost
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Pooled states on disk, read one layer at a time."""
+
+    store: Features
+    widths: list[int]
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        """(n, h) float32 of one layer."""
+        start = sum(self.widths[:layer])
+        columns = slice(start, start + self.widths[layer])
+        return np.concatenate([block[:, columns] for _, block in self.store.blocks()])

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from deltaloom.core.atomic import write_text
+from deltaloom.core.delta import adapter_kind
 
 
 def write_card(
@@ -23,10 +24,10 @@ def write_card(
     bytes.
     """
     ((verb, settings),) = step.items()
-    adapter = (folder / "adapter_config.json").exists()
+    adapter = adapter_kind(folder)
     front = {
         "base_model": about["base"],
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if adapter is not None else "transformers",
         "tags": ["deltaloom", verb, settings["method"]],
     }
     lines = [
@@ -36,8 +37,9 @@ def write_card(
         "",
         f"# {settings['name']}",
         "",
-        f"A {'LoRA adapter for' if adapter else 'model made from'} `{about['base']}` "
+        f"A {_kind(adapter)} `{about['base']}` "
         f"(weights `{about['fingerprint']}`) by `deltaloom {verb} {settings['method']}`.",
+        *_loading(adapter),
         "",
         *_data(about.get("sources")),
         *_estimates(estimates or {}),
@@ -49,6 +51,24 @@ def write_card(
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _kind(adapter: str | None) -> str:
+    """What the folder is, before the base's name."""
+    if adapter is None:
+        return "model made from"
+    return "routed adapter for" if adapter == "DELTALOOM_ROUTED" else "LoRA adapter for"
+
+
+def _loading(adapter: str | None) -> list[str]:
+    """How to open an adapter of a kind that PEFT knows only from us."""
+    if adapter is None or not adapter.startswith("DELTALOOM_"):
+        return []
+    return [
+        "",
+        "`PeftModel.from_pretrained` opens it after `import deltaloom.core.adapters`; without that "
+        "PEFT stops with a KeyError.",
+    ]
 
 
 def _data(sources: dict[str, int] | None) -> list[str]:

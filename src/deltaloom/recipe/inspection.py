@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deltaloom.core.delta import adapter_kind
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.features import Features
@@ -43,6 +44,9 @@ def _weights(path: Path, is_run: bool) -> dict[str, Any]:
     if (path / "adapter_config.json").exists():
         from deltaloom.core.deltas.lowrank import read_factors
 
+        if adapter_kind(path) == "DELTALOOM_ROUTED":
+            tensors = TensorFolder(path / "adapter_model.safetensors")
+            return {"kind": "routed adapter", "tensors": len(tensors), "bytes": tensors.nbytes}
         return {"kind": "adapter", "modules": len(read_factors(path))}
     for stored, kind in (
         ("delta.safetensors", "dense delta"),

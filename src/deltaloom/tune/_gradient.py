@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Evaluation, Tuner
+from deltaloom.core.method import Evaluation, Method, Tuner
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
@@ -19,8 +19,8 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class GradientTuner(Tuner):
-    """Abstract: AdamW on the response tokens' mean cross-entropy."""
+class GradientSettings(Method):
+    """Abstract, for any verb: AdamW on the response tokens' mean cross-entropy."""
 
     epochs: Positive = 3.0
     """Passes over the data (Alpaca's recipe: 3)."""
@@ -45,11 +45,9 @@ class GradientTuner(Tuner):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_steps: Count | None = None
     """Optimizer steps between checkpoints to resume from; None makes ten in a run."""
-    patience: Count = 3
-    """Evaluations without a better one before stopping, when `evaluate` is given (ours)."""
 
     @model_validator(mode="after")
-    def _micro_divides(self) -> GradientTuner:
+    def _micro_divides(self) -> GradientSettings:
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(
                 f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}"
@@ -62,6 +60,13 @@ class GradientTuner(Tuner):
 
         names = TrainSettings.__dataclass_fields__.keys() & type(self).model_fields.keys()
         return TrainSettings(**{**{n: getattr(self, n) for n in names}, "lr": lr, **changes})
+
+
+class GradientTuner(GradientSettings, Tuner):
+    """Abstract: a tuner by gradient, which may stop early."""
+
+    patience: Count = 3
+    """Evaluations without a better one before stopping, when `evaluate` is given (ours)."""
 
 
 def rows_for(
@@ -91,7 +96,7 @@ def train(
     base: Base,
     data: Examples,
     run: Run,
-    method: GradientTuner,
+    method: GradientSettings,
     settings: TrainSettings,
     evaluation: Evaluation | None,
 ) -> Any:

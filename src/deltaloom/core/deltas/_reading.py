@@ -230,7 +230,8 @@ def _check_whole(tensors: TensorFolder, whole: dict[str, str], base: TensorFolde
             )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The folder's `adapter_config.json`, whatever its kind; raises InputError when it is none."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -240,6 +241,11 @@ def _config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: must be an object; copy the adapter again")
+    return config
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path, config = folder / CONFIG, adapter_config(folder)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: adapter kind {config.get('peft_type')!r} is not low-rank (LORA)")
     for key, kind in REFUSED.items():
