@@ -75,7 +75,9 @@ class Atm(Merger):
     def _parts_fit(self) -> Atm:
         self._tuners()
         if "deltas" not in self._merger().needs:
-            raise ValueError(f"merger = {self.merger!r} does not merge deltas; choose one that does")
+            raise ValueError(
+                f"merger = {self.merger!r} does not merge deltas; choose one that does"
+            )
         return self
 
     def work(self, sizes: Sizes) -> Work:
