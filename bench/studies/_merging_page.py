@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def legend(methods: list[str]) -> str:
     found, x = [], 50
     for method, colour in zip(methods, COLOURS, strict=False):
         found.append(
-            f'<circle cx="{x}" cy="20" r="5" fill="{colour}"/><text x="{x + 9}" y="24">{method}</text>'
+            f'<circle cx="{x}" cy="20" r="5" fill="{colour}"/>'
+            f'<text x="{x + 9}" y="24">{method}</text>'
         )
         x += 30 + 7 * len(method)
     return "".join(found)
@@ -149,7 +151,7 @@ def panel(rows: list[Any], methods: list[str], metric: str, across: Scale, up: S
                 )
                 body.append(line(x, top, x, foot).replace("<line", f'<line stroke="{colour}"'))
             body.append(f'<circle cx="{percent(x)}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
+        for (x1, y1), (x2, y2) in pairwise(points):
             body.append(
                 line(x1, y1, x2, y2).replace(
                     "<line", f'<line stroke="{colour}" stroke-width="1.75"'

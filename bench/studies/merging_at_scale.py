@@ -6,9 +6,10 @@
 `recipes/merging_at_scale.yaml` is one cell of the grid. This script makes of its steps one recipe
 per base: an expert for each of eight tasks, one model trained on all of them, and merges of 2, 4,
 6 and 8 experts, chosen `CHOICES` times, by every method. Held-in scores are divided by the task's
-own expert's, held-out ones by the base's, as Yadav et al. do (arXiv 2410.03617). The interval is
-Student's t over the choices of experts; the choice of all eight is one and has none. The tables and
-curves go to `docs/studies/`.
+own expert's, held-out ones by the base's, as Yadav et al. do (arXiv 2410.03617); a held-out task
+counts for the bases that answer it better than by chance. The interval is Student's t over the
+choices of experts; the choice of all eight is one and has none. The tables and curves go to
+`docs/studies/`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from deltaloom.core.estimate import Estimate
 RECIPE = Path(__file__).parents[2] / "recipes" / "merging_at_scale.yaml"
 COUNTS = (2, 4, 6, 8)
 CHOICES = 4
+CHANCE = 0.1
+"""Of ten answers, all as frequent."""
 SIZES, QUALITIES = ("small", "normal"), ("untuned", "instruct")
 
 
@@ -111,10 +114,15 @@ def run(content: dict, folder: Path) -> Path:
     return folder / "run"
 
 
-def accuracy(folder: Path, step: str, model: str, task: str) -> float:
+def measured(folder: Path, step: str, model: str, task: str) -> Estimate:
     """What one step measured of one model on one task."""
     path = folder / step / f"{model}--test-{task}" / "estimate.json"
-    return Estimate.from_json(path.read_text(encoding="utf-8")).value
+    return Estimate.from_json(path.read_text(encoding="utf-8"))
+
+
+def accuracy(folder: Path, step: str, model: str, task: str) -> float:
+    """Its value."""
+    return measured(folder, step, model, task).value
 
 
 def rows_of(
@@ -122,7 +130,9 @@ def rows_of(
 ) -> list[Row]:
     """The normalised scores of one base."""
     expert = {task: accuracy(folder, f"expert-{task}", task, task) for task in HELD_IN}
-    base = {task: accuracy(folder, "whole", "base", task) for task in HELD_OUT}
+    # A score over a base that only guesses would be noise.
+    known = [task for task in HELD_OUT if measured(folder, "whole", "base", task).low > CHANCE]
+    base = {task: accuracy(folder, "whole", "base", task) for task in known}
     found = []
     for count in sorted({len(tasks) for tasks in choices.values()}):
         own = {name: tasks for name, tasks in choices.items() if len(tasks) == count}
@@ -132,9 +142,7 @@ def rows_of(
                 alone = method in ("multitask", "base")
                 place = ("whole", method) if alone else (f"merged-{name}", f"{method}-{name}")
                 inside[name] = mean(accuracy(folder, *place, task) / expert[task] for task in tasks)
-                outside[name] = mean(
-                    accuracy(folder, *place, task) / base[task] for task in HELD_OUT
-                )
+                outside[name] = mean(accuracy(folder, *place, task) / base[task] for task in known)
             scores = (
                 Estimate.from_items(items, metric=metric)
                 for items, metric in ((inside, "held-in"), (outside, "held-out"))

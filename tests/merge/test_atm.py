@@ -61,23 +61,56 @@ class Descent(Tuner):
         describe(run.folder, "dense", base)
         return load(run.folder, base)
 '''
+MEAN = '''
+"""The mean of two adapters as an adapter, for tests."""
+
+from typing import final
+
+from deltaloom.core.delta import load
+from deltaloom.core.method import Merger, Work
+
+
+@final
+class Mean(Merger):
+    """0.5 a + 0.5 b, factors side by side."""
+
+    def work(self, sizes):
+        return Work()
+
+    def merge(self, base, deltas, run, *, data=()):
+        first, second = deltas
+        (0.5 * first + 0.5 * second).save(run.folder)
+        return load(run.folder, base)
+'''
 WIDTH, LR = 5, 0.05
+
+
+def brought(folder, monkeypatch, verb, name, code):
+    """A method of another package, found by its entry point."""
+    package, info = folder / name, folder / f"{name}-1.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    point = f"[deltaloom.{verb}]\n{name} = {name}:{name.title()}\n"
+    (info / "entry_points.txt").write_text(point)
+    monkeypatch.syspath_prepend(folder)
+    methods.cache_clear()
+    yield name
+    methods.cache_clear()
+    sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def descent(tmp_path, monkeypatch):
-    """A tuner of another package, found by its entry point."""
-    package, info = tmp_path / "descent", tmp_path / "descent-1.dist-info"
-    package.mkdir()
-    info.mkdir()
-    (package / "__init__.py").write_text(DESCENT)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: descent\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[deltaloom.tune]\ndescent = descent:Descent\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    methods.cache_clear()
-    yield "descent"
-    methods.cache_clear()
-    sys.modules.pop("descent", None)
+    """A tuner in float64."""
+    yield from brought(tmp_path, monkeypatch, "tune", "descent", DESCENT)
+
+
+@pytest.fixture
+def mean(tmp_path, monkeypatch):
+    """A merger whose product is an adapter."""
+    yield from brought(tmp_path, monkeypatch, "merge", "mean", MEAN)
 
 
 def regression(folder, seed, rows=(40, 25), stretch=1.0):
@@ -193,7 +226,9 @@ def test_one_iteration_is_one_shot_task_arithmetic_byte_for_byte(tuned, tmp_path
     for folder, rows in zip(folders, data, strict=True):
         step("tune", folder, method=tuner, base=base, data=rows, seed=3, **tuning)
     one = {"method": "task_arithmetic", "deltas": folders, "scale": 0.5}
-    step("merge", tmp_path / "one", base=base, seed=3, **one)
+    step("merge", tmp_path / "sum", base=base, seed=3, **one)
+    # A sum of adapters need not be a model yet.
+    step("merge", tmp_path / "one", base=base, method="passthrough", deltas=str(tmp_path / "sum"))
     atm = {"method": "atm", "data": data, "tuner": tuner, "tuning": tuning, "iterations": 1}
     step("merge", tmp_path / "atm", base=base, seed=3, **atm)
     name = "model.safetensors"
@@ -252,14 +287,27 @@ def test_several_deltas_are_merged_first(tuned, tmp_path):
     assert digest(tmp_path / "a" / name) == digest(tmp_path / "b" / name)
 
 
+def test_a_merger_may_give_an_adapter(tuned, tmp_path, mean):
+    base, data = tuned
+    atm = {"method": "atm", "base": base, "data": data, "tuning": {"epochs": 2, "lr": 1e-2}}
+    step("merge", tmp_path / "model", **atm)
+    step("merge", tmp_path / "adapter", **atm, merger=mean)
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("model", "adapter")
+    )
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-5)
+
+
 def test_killed_without_deltas_it_goes_on_to_the_same_bytes(tuned, tmp_path):
     base, data = tuned
-    tuning = {"epochs": 3, "lr": 1e-2, "r": 2}
+    tuning = {"epochs": 2, "lr": 1e-2, "r": 2}
     atm = {"method": "atm", "base": base, "data": data, "tuning": tuning}
     began = time.monotonic()
     step("merge", tmp_path / "whole", **atm)
     seconds = time.monotonic() - began
-    for part in (0.3, 0.7, 0.9):
+    for part in (0.4, 0.8):
         folder = tmp_path / f"killed{part}"
         child = os.fork()
         if child == 0:
@@ -336,6 +384,8 @@ def test_fewer_steps_than_iterations_and_no_data_are_refused(descent, tmp_path):
         atm_of(tmp_path / "out", base, [], tuner=descent)
 
 
-def test_iterations_are_an_epoch_at_most():
+def test_iterations_are_an_epoch_at_most_or_ten(descent):
     made = get("merge", "atm").make({"tuning": {"epochs": 2.5}})
     assert [tuner.epochs for tuner in made._tuners()] == pytest.approx([2.5 / 3] * 3)
+    made = get("merge", "atm").make({"tuner": descent, "tuning": {"steps": 25}})
+    assert [tuner.steps for tuner in made._tuners()] == [2, 3] * 5

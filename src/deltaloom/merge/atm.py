@@ -6,14 +6,15 @@ leaves it open; post-hoc ATM (PA-ATM) when `deltas` are given.
 
 Formula: theta_0 is the base, or the merge of `deltas`. For k = 1..K, for every task t of `data`:
 tau_t = tune(theta_{k-1}, D_t, E / K epochs, fresh optimizer) - theta_{k-1}; then
-theta_k = theta_{k-1} + merge({tau_t}), the mean by default. After one step of full-batch gradient
-descent tau_t = -lr * grad L_t, so an iteration of one such step is a step on the mean of the losses.
+theta_k = theta_{k-1} + merge({tau_t}), the mean by default. One step of full-batch gradient descent
+has tau_t = -lr * grad L_t, so an iteration of one such step is a step on the mean of the losses.
 
 Differs: the budget is the tuner's own (E epochs of each task in all), where the authors' code fixes
 one epoch an iteration; steps are rounded up to whole ones in every iteration, and one of less than
-an epoch sees a part of its rows, drawn anew. Adapters are added to the weights between iterations,
-in float32 where the base has 16 bits, so that small steps are not rounded away K times; the result
-is rounded once. The first iteration tunes the base as it is.
+an epoch sees a part of its rows, drawn anew. The learning rate's schedule starts anew with each
+optimizer. Adapters are added to the weights between iterations, in float32 where the base has 16
+bits, so that small steps are not rounded away K times; the result is rounded once. The first
+iteration tunes the base as it is.
 
 Not covered: the authors' PCGrad, Gram-Schmidt, clipping and momentum on the changes; budgets that
 differ by task; early stopping inside.
@@ -23,10 +24,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -36,6 +39,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.method import Merger, Method, Sizes, Tuner, Work, get
 from deltaloom.core.progress import say
 from deltaloom.core.run import Run
+from deltaloom.merge.passthrough import Passthrough
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
@@ -68,8 +72,8 @@ class Atm(Merger):
     merging: dict[str, Any] = {}
     """Settings of the merge method, such as `scale`."""
     iterations: Annotated[int | None, Field(ge=1)] = None
-    """Rounds K of tuning and merging. None makes each an epoch at most, as the authors' code does;
-    1 is one merge of experts tuned apart."""
+    """Rounds K of tuning and merging. None makes each an epoch at most, as the authors' code does,
+    or ten of a tuner that counts steps (theirs too); 1 is one merge of experts tuned apart."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Atm:
@@ -81,7 +85,7 @@ class Atm(Merger):
         return self
 
     def work(self, sizes: Sizes) -> Work:
-        """The tuner's tokens over all tasks; two iterates beside the result, on the disk at once."""
+        """The tuner's tokens over all tasks; on the disk, two iterates beside the result."""
         tuning, merging = self._tuner().work(sizes), self._merger().work(sizes)
         return replace(
             tuning,
@@ -97,21 +101,23 @@ class Atm(Merger):
         With `deltas` the first iteration starts from them: one as it is, several merged. Raises
         InputError for no data and as the tuner and the merger do.
         """
+        from deltaloom.core.delta import load
         from deltaloom.core.deltas.dense import Dense
-        from deltaloom.merge.passthrough import Passthrough
 
         if not data:
             raise InputError("merge atm: nothing to tune on: give data=, one set of rows per task")
-        tuners = self._tuners()
+        tuners, merger = self._tuners(), self._merger()
+        given = data if "data" in merger.needs | merger.uses else ()
         done = run.record["notes"].get("iterations", 0)
+        if done:
+            _clear(run, done)  # what an interruption left
         for k, tuner in enumerate(tuners[done:], done + 1):
             say(f"iteration {k} of {len(tuners)}")
             start = _at(base, _iterate(run, k - 1)) if k > 1 else self._start(base, deltas, run)
             parts = self._tuned(k, tuner, start, data, run)
-            self._merged(k, start, parts, data, run)
-            self._account(k, parts, data, run)
+            _merged(k, merger, start, [load(part, start) for part in parts], given, run)
+            _account(k, parts, data, run)
             _clear(run, k)
-        _clear(run, len(tuners))  # an interrupted run may have left something
         result = Dense.from_model(_iterate(run, len(tuners)), base)
         return Passthrough().merge(base, [result], run)
 
@@ -136,9 +142,9 @@ class Atm(Merger):
             count = self.iterations or math.ceil(total)
             shares: list[float] = [total / count] * count
         else:
-            count = self.iterations or 1
+            count = self.iterations or min(10, total)
             ends = [total * k // count for k in range(count + 1)]
-            shares = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            shares = [end - start for start, end in pairwise(ends)]
         if min(shares) <= 0:
             raise InputError(f"tuning.{key} = {total} is less than one for {count} iterations")
         return [tuner.model_copy(update={key: share}) for share in shares]
@@ -147,13 +153,13 @@ class Atm(Merger):
         """The base, or with deltas the model that they make of it."""
         if not deltas:
             return base
-        merger = self._merger() if len(deltas) > 1 else get("merge", "passthrough").make()
-        assert isinstance(merger, Merger)
-        with _open(_iterate(run, 0), merger, run.seed) as part:
-            if not part.done:
-                _in_float32(merger, base).merge(base, deltas, part)
-                part.finish()
-        return _at(base, _iterate(run, 0))
+        merger = self._merger() if len(deltas) > 1 else Passthrough()
+        if "data" in merger.needs:
+            raise InputError(
+                f"merge atm: {self.merger} needs data to merge deltas= with; do that in a step of "
+                "its own and start from what it makes"
+            )
+        return _merged(0, merger, base, deltas, (), run)
 
     def _tuned(
         self, k: int, tuner: Tuner, start: Base, data: Sequence[Examples], run: Run
@@ -171,30 +177,43 @@ class Atm(Merger):
                     part.finish()
         return folders
 
-    def _merged(
-        self, k: int, start: Base, parts: list[Path], data: Sequence[Examples], run: Run
-    ) -> None:
-        from deltaloom.core.delta import load
 
-        merger = self._merger()
-        given = data if "data" in merger.needs | merger.uses else ()
-        with _open(_iterate(run, k), merger, run.seed) as part:
-            if not part.done:
-                deltas = [load(folder, start) for folder in parts]
-                _in_float32(merger, start).merge(start, deltas, part, data=given)
-                part.finish()
+def _merged(
+    k: int, merger: Merger, start: Base, deltas: list[Delta], data: Sequence[Examples], run: Run
+) -> Base:
+    """The model that `merger` makes of `deltas` over `start`: iterate `k`."""
+    from deltaloom.core.delta import load
+    from deltaloom.core.deltas.dense import Dense
 
-    def _account(self, k: int, parts: list[Path], data: Sequence[Examples], run: Run) -> None:
-        """Take over the parts' losses and costs, once: the note is saved with the costs."""
-        run.rewind(k - 1)
-        for folder, rows in zip(parts, data, strict=True):
-            cost = Run.read(folder)["cost"]
-            run.spend(**{key: cost[key] for key in TOKENS})
-            loss = _last_loss(folder / "metrics.jsonl")
-            if loss is not None:
-                run.log(step=k, task=Path(rows.name).stem, loss=loss)
-        run.note(iterations=k)
-        run.save()
+    made, goal = run.work / f"merged-{k}", _iterate(run, k)
+    if (goal / "run.json").exists() and Run.read(goal)["status"] == "done":
+        return _at(start, goal)
+    with _open(made, merger, run.seed) as part:
+        if not part.done:
+            _in_float32(merger, start).merge(start, deltas, part, data=data)
+            part.finish()
+    change = load(made, start)
+    if isinstance(change, Dense) and change.folder is not None:
+        os.replace(made, goal)
+        return _at(start, goal)
+    with _open(goal, Passthrough(), run.seed) as part:
+        if not part.done:  # what was made is a change and no model yet
+            _in_float32(Passthrough(), start).merge(start, [change], part)
+            part.finish()
+    return _at(start, goal)
+
+
+def _account(k: int, parts: list[Path], data: Sequence[Examples], run: Run) -> None:
+    """Take over the parts' losses and costs, once: the note is saved with the costs."""
+    run.rewind(k - 1)
+    for folder, rows in zip(parts, data, strict=True):
+        cost = Run.read(folder)["cost"]
+        run.spend(**{key: cost[key] for key in TOKENS})
+        loss = _last_loss(folder / "metrics.jsonl")
+        if loss is not None:
+            run.log(step=k, task=Path(rows.name).stem, loss=loss)
+    run.note(iterations=k)
+    run.save()
 
 
 def _iterate(run: Run, k: int) -> Path:
@@ -206,7 +225,7 @@ def _at(base: Base, folder: Path) -> Base:
 
 
 def _open(folder: Path, method: Method, seed: int) -> Run:
-    """A part as a run of its own: its checkpoints, metrics and record are apart from the others'."""
+    """A part as a run of its own, so that its checkpoints, metrics and record are its alone."""
     return Run.open(folder, {method.verb: method.model_dump(mode="json")}, {}, seed)
 
 
@@ -221,8 +240,9 @@ def _in_float32(merger: Merger, start: Base) -> Merger:
 
 
 def _clear(run: Run, k: int) -> None:
-    """Remove what iteration `k` was made from, and what an interruption kept of it."""
-    for folder in (*run.work.glob(f"tuned-{k}-*"), _iterate(run, k - 1)):
+    """Remove what iteration `k` was made from."""
+    made = run.work / f"merged-{k}"
+    for folder in (*run.work.glob(f"tuned-{k}-*"), made, _iterate(run, k - 1)):
         shutil.rmtree(folder, ignore_errors=True)
 
 
