@@ -7,9 +7,9 @@
 per base: an expert for each of eight tasks, one model trained on all of them, and merges of 2, 4,
 6 and 8 experts, chosen `CHOICES` times, by every method. Held-in scores are divided by the task's
 own expert's, held-out ones by the base's, as Yadav et al. do (arXiv 2410.03617); a held-out task
-counts for the bases that answer it better than by chance. The interval is Student's t over the
-choices of experts; the choice of all eight is one and has none. The tables and curves go to
-`docs/studies/`.
+counts for the bases that answer it better than by chance, and a base whose experts do not all do so
+has accuracies but no scores. The interval is Student's t over the choices of experts; the choice of
+all eight is one and has none. The tables and curves go to `docs/studies/`.
 """
 
 from __future__ import annotations
@@ -125,6 +125,11 @@ def accuracy(folder: Path, step: str, model: str, task: str) -> float:
     return measured(folder, step, model, task).value
 
 
+def learned(folder: Path) -> bool:
+    """Whether every expert of a base answers its own task better than by chance."""
+    return all(measured(folder, f"expert-{task}", task, task).low > CHANCE for task in HELD_IN)
+
+
 def rows_of(
     folder: Path, size: str, quality: str, methods: list[str], choices: dict[str, list[str]]
 ) -> list[Row]:
@@ -175,7 +180,8 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         folders = dict(zip(bases, pool.map(one, bases), strict=True))
     methods = [name for name, (verb, _) in steps_of(recipe).items() if verb == "merge"]
-    rows = [row for base in bases for row in rows_of(folders[base], *base, methods, choices)]
+    scored = [base for base in bases if options.quick or learned(folders[base])]
+    rows = [row for base in scored for row in rows_of(folders[base], *base, methods, choices)]
     raw = {
         "-".join(base): {
             "base": {t: accuracy(folders[base], "whole", "base", t) for t in (*HELD_IN, *HELD_OUT)},
