@@ -109,6 +109,7 @@ def curves(rows: list[Any], metric: str) -> str:
         parts.append(
             f'<text class="title" x="{x}" y="{y - 8}">{base[0]}, {base[1]} base</text>'
             f'<svg x="{x}" y="{y}" width="{PANEL}" height="{HEIGHT}">{body}</svg>'
+            f'<text x="{x + PANEL}" y="{y + HEIGHT + 32}" text-anchor="end">experts merged</text>'
         )
     tall = 60 + (len(bases) + 1) // 2 * (HEIGHT + 60)
     title = f"{metric.replace('_', '-')} scores by number of experts"
