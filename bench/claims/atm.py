@@ -104,11 +104,9 @@ def recipe(base: Path, data: Path, seed: int, epochs: int) -> dict:
     return {"base": str(base), "seed": seed, "steps": steps}
 
 
-def run(folder: Path, seed: int, quick: bool) -> Path:
+def run(folder: Path, base: Path, seed: int, epochs: int) -> Path:
     """One seed through `deltaloom run`, resumed where it stopped; the recipe's folder."""
-    content = recipe(
-        build(folder / "data", seed, quick), folder / "data", seed, 2 if quick else EPOCHS
-    )
+    content = recipe(base, folder / "data", seed, epochs)
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(content, indent=1), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "deltaloom", "run", str(file), f"out={folder / 'run'}"]
@@ -200,8 +198,10 @@ def main() -> None:
     work = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-atm-"))).resolve()
     count = 2 if options.quick else options.seeds
     seeds = range(options.first, options.first + count)
+    bases = {seed: build(work / f"seed{seed}" / "data", seed, options.quick) for seed in seeds}
+    epochs = 2 if options.quick else EPOCHS
     with ThreadPoolExecutor(options.jobs) as pool:
-        folders = list(pool.map(lambda s: run(work / f"seed{s}", s, options.quick), seeds))
+        folders = list(pool.map(lambda s: run(work / f"seed{s}", bases[s], s, epochs), seeds))
     print(table(folders))
     judged = {"task_arithmetic": True, "ties": True, "multitask": False}
     results = [claim(folders, arm, on and not options.quick) for arm, on in judged.items()]

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("epochs", "steps")
 """A tuner's settings of which one is its budget."""
-TOKENS = ("forward_tokens", "backward_tokens", "flops", "peak_device_bytes")
+TAKEN_OVER = ("forward_tokens", "backward_tokens", "flops", "peak_device_bytes")
 """What the ledger takes over from the parts; their time and memory are this process's own."""
 
 
@@ -185,7 +185,7 @@ def _merged(
     from deltaloom.core.delta import load
     from deltaloom.core.deltas.dense import Dense
 
-    made, goal = run.work / f"merged-{k}", _iterate(run, k)
+    made, goal = _made(run, k), _iterate(run, k)
     if (goal / "run.json").exists() and Run.read(goal)["status"] == "done":
         return _at(start, goal)
     with _open(made, merger, run.seed) as part:
@@ -206,14 +206,20 @@ def _merged(
 def _account(k: int, parts: list[Path], data: Sequence[Examples], run: Run) -> None:
     """Take over the parts' losses and costs, once: the note is saved with the costs."""
     run.rewind(k - 1)
-    for folder, rows in zip(parts, data, strict=True):
+    made = [path for path in (_made(run, k), _iterate(run, k)) if path.exists()]
+    for folder in (*parts, *made):
         cost = Run.read(folder)["cost"]
-        run.spend(**{key: cost[key] for key in TOKENS})
+        run.spend(**{key: cost[key] for key in TAKEN_OVER})
+    for folder, rows in zip(parts, data, strict=True):
         loss = _last_loss(folder / "metrics.jsonl")
         if loss is not None:
             run.log(step=k, task=Path(rows.name).stem, loss=loss)
     run.note(iterations=k)
     run.save()
+
+
+def _made(run: Run, k: int) -> Path:
+    return run.work / f"merged-{k}"
 
 
 def _iterate(run: Run, k: int) -> Path:
@@ -241,8 +247,7 @@ def _in_float32(merger: Merger, start: Base) -> Merger:
 
 def _clear(run: Run, k: int) -> None:
     """Remove what iteration `k` was made from."""
-    made = run.work / f"merged-{k}"
-    for folder in (*run.work.glob(f"tuned-{k}-*"), made, _iterate(run, k - 1)):
+    for folder in (*run.work.glob(f"tuned-{k}-*"), _made(run, k), _iterate(run, k - 1)):
         shutil.rmtree(folder, ignore_errors=True)
 
 
