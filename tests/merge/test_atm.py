@@ -182,7 +182,7 @@ def test_steps_that_do_not_divide_are_shared_out_whole(descent, tmp_path):
     assert (got - w).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_on_quadratics_atm_ends_no_worse_than_one_shot(descent, tmp_path, seed):
     # Steps enough to converge: the mean of the tasks' minima is not the minimum of the mean.
     base, data, tasks = regression(tmp_path, seed, stretch=2.0)
@@ -210,8 +210,7 @@ def step(verb, folder, **values):
     return run_step(parse_step(verb, {"name": "step", **values}, verb), folder)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize(("tuner", "dtype"), [("lora", "bfloat16"), ("full", "float32")])
 def test_one_iteration_is_one_shot_task_arithmetic_byte_for_byte(tuned, tmp_path, tuner, dtype):
     base, data = tuned
     if dtype == "bfloat16":
@@ -247,7 +246,7 @@ def test_small_steps_are_not_rounded_away_between_iterations(tmp_path, tuned):
     wide = tmp_path / "wide"
     AutoModelForCausalLM.from_pretrained(narrow, dtype=torch.float32).save_pretrained(wide)
     AutoTokenizer.from_pretrained(base).save_pretrained(wide)
-    atm = {"method": "atm", "data": data, "tuning": {"epochs": 4, "lr": 1e-3}, "iterations": 4}
+    atm = {"method": "atm", "data": data, "tuning": {"epochs": 2, "lr": 1e-3}}
     tensors = []
     for name, model in (("a", narrow), ("b", wide)):
         given = {"model": str(model), "dtype": "float32"}
