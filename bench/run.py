@@ -4,7 +4,8 @@
 
 Each script prints text for people and, as its last line, one JSON object with its results. Results
 of scripts that are not run now stay in the page: they are kept in `bench/results/NAME.json`. What a
-person has to say about them is in `bench/results/NAME.md`.
+person has to say about them is in `bench/results/NAME.md`. A script in a folder, as
+`claims/atm.py`, is named `claims/atm`, and its files `claims-atm`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument("--keep", nargs=2, metavar=("COMMAND", "FILE"), help="output saved before")
     options = parser.parse_args()
-    names = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "run" and p.stem[0] != "_")
+    scripts = [p for p in (*HERE.glob("*.py"), *HERE.glob("claims/*.py")) if p.stem[0] != "_"]
+    names = sorted(p.relative_to(HERE).with_suffix("").as_posix() for p in scripts)
+    names.remove("run")
     holds = True
     if options.keep:
         command, file = options.keep
@@ -77,8 +80,11 @@ def keep(result: dict) -> None:
 def packed(command: str, out: str) -> dict:
     """A script's output with when, where and by which versions it was made."""
     *text, last = out.rstrip("\n").split("\n")
+    script = next(word for word in command.split() if word.endswith(".py"))
+    name = Path(script).with_suffix("").as_posix().removeprefix("bench/")
     return {
         **json.loads(last),
+        "bench": name.replace("/", "-"),
         "text": "\n".join(text).strip(),
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
