@@ -117,7 +117,10 @@ def load(name: str | Path, base: Base) -> Delta:
     """
     from deltaloom.core.deltas.dense import Dense
     from deltaloom.core.deltas.lowrank import LowRank
+    from deltaloom.core.deltas.prompt import Prompt, is_prompt
     from deltaloom.core.deltas.sparse import Sparse
+    from deltaloom.core.deltas.trace import STORED as TRACE
+    from deltaloom.core.deltas.trace import Trace
 
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
     about = _about(folder)
@@ -128,9 +131,13 @@ def load(name: str | Path, base: Base) -> Delta:
             f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
         )
     if (folder / "adapter_config.json").exists():
+        if is_prompt(folder):
+            return Prompt.load(folder, base)
         return LowRank.load(folder, base)
     if (folder / "sparse.safetensors").exists():
         return Sparse.load(folder, base)
+    if (folder / TRACE).exists():
+        return Trace.load(folder, base)
     if (folder / "delta.safetensors").exists():
         return Dense.load(folder, base)
     if (folder / "config.json").exists():
