@@ -54,8 +54,8 @@ class Mezo(Tuner):
     parameters: str | None = None
     """Regular expression; only parameters in whose names it is found are tuned, as
     `layers\\.(10|11)\\.` or `self_attn`. None tunes all that `tuned` says."""
-    steps: Count = 1000
-    """Steps, of two forward passes per perturbation. Ours, a beginning: the paper takes 20,000 for
+    steps: Count = 500
+    """Steps, of two forward passes per perturbation. Ours, for a first look: the paper takes 20,000 for
     OPT-13B and 100,000 for RoBERTa-large."""
     batch_size: Count = 16
     """Rows per step (the paper, OPT-13B: 16)."""
