@@ -93,9 +93,7 @@ class Bench:
         out = self.work / f"{arm.replace(' ', '-')}-{lr:g}-{seed}"
         if self.quick and method == "mezo":
             settings = {**settings, "steps": 20}
-        deltaloom.tune(
-            method, base=self.base, data=path, out=out, lr=lr, seed=seed, **settings
-        )
+        deltaloom.tune(method, base=self.base, data=path, out=out, lr=lr, seed=seed, **settings)
         return out
 
     def measured(self, method: str, data: Path, delta: Path | None) -> Estimate:

@@ -133,7 +133,9 @@ def test_a_tied_pair_stored_under_the_heads_name(home, tmp_path):
 
 
 def test_a_trace_is_small(trace, tmp_path):
-    steps = Steps(trace.steps.rule, trace.steps.parameters, "float32", [Scalars(1.0, (0.5,))] * 9000)
+    steps = Steps(
+        trace.steps.rule, trace.steps.parameters, "float32", [Scalars(1.0, (0.5,))] * 9000
+    )
     steps.save(tmp_path / STORED)
     assert (tmp_path / STORED).stat().st_size < 9000 * 8 + 4000
 

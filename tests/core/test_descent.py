@@ -111,7 +111,10 @@ def test_rounding_at_random_gives_a_neighbour_and_keeps_the_mean(dtype, size):
     down = torch.nextafter(nearest, torch.tensor(-torch.inf, dtype=dtype)).double()
     nearest = nearest.double()
     exact = values.double()
-    low, high = torch.where(nearest > exact, down, nearest), torch.where(nearest < exact, up, nearest)
+    low, high = (
+        torch.where(nearest > exact, down, nearest),
+        torch.where(nearest < exact, up, nearest),
+    )
     assert ((found == low) | (found == high)).all()
     error = found.std(0) / len(found) ** 0.5 + (high - low) / len(found)
     assert ((found.mean(0) - exact).abs() <= 5 * error).all()
@@ -133,7 +136,10 @@ def test_small_steps_on_16_bits_are_kept(dtype, kind, update):
     steps = [Scalars(1e-6, (1.0,))] * 200
     replay(own, "w", wide, steps)
     replay(own, "w", tensor, steps)
-    intended, change = (wide - weights.float()).double(), (tensor.float() - weights.float()).double()
+    intended, change = (
+        (wide - weights.float()).double(),
+        (tensor.float() - weights.float()).double(),
+    )
     kept = float((change * intended).sum() / intended.square().sum())
     drift = float((change - intended).square().mean().sqrt())
     spread = drift / float(intended.square().sum().sqrt())  # standard error of `kept`

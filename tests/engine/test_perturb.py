@@ -40,7 +40,9 @@ MODELS = {
     # logits are capped and embeddings scaled
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WIDE, head_dim=8)),
     "mixtral": lambda: MixtralForCausalLM(
-        MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2)
+        MixtralConfig(
+            **WIDE, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
+        )
     ),
 }
 
@@ -148,7 +150,7 @@ def test_moving_in_place_gives_the_same_losses_and_restores():
 
 def test_moving_16_bit_weights_in_place_is_refused():
     model = made("llama").bfloat16()
-    with pytest.raises(InputError, match="direction=lowrank or rademacher, or base.dtype=float32"):
+    with pytest.raises(InputError, match=r"rademacher, or base\.dtype=float32"):
         Moved(model, ["model.norm.weight"], rule("gaussian"))
 
 

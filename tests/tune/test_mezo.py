@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import deltaloom
 from deltaloom.core.base import Base
 from deltaloom.core.delta import load
-from deltaloom.core.deltas.trace import STORED, START, Steps, Trace
+from deltaloom.core.deltas.trace import START, STORED, Steps, Trace
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.run import Run
 from deltaloom.engine import descend as engine

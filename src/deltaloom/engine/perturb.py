@@ -3,8 +3,9 @@
 `Perturbed` leaves the weights alone: hooks change what modules give. For a linear module and a thin
 direction z = U V' the output W x becomes W x +/- eps U (V' x), which costs what a LoRA adapter of
 that rank costs, and both signs fit in one batch: its first half is moved by plus, its second by
-minus eps z. Embeddings add rows of z. Any other module is called with parameters of its own for
-each sign, one module's at a time. Nothing is restored, so nothing is lost to rounding.
+minus eps z. Embeddings look the same ids up in z and add that. Any other module is called with
+moved copies of its own parameters, one module's at a time. Nothing is restored, so nothing is lost
+to rounding.
 
 `Moved` is the published way: the weights themselves move, and what rounding leaves stays.
 """
@@ -131,9 +132,12 @@ class Perturbed(Directed):
         for module, named in self._owners.items():
             if self.is_swapped(module):
                 module.forward = partial(self._swapped, module, named, module.forward)
+            elif isinstance(module, nn.Embedding):
+                hook = partial(self._embedding, named)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             else:
-                hook = self._embedding if isinstance(module, nn.Embedding) else self._linear
-                self._handles.append(module.register_forward_hook(partial(hook, named)))
+                hook = partial(self._linear, named)
+                self._handles.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -160,7 +164,7 @@ class Perturbed(Directed):
 
     def is_swapped(self, module: nn.Module) -> bool:
         """See `Directed`: what no formula covers, and matrices under whole directions."""
-        if type(module).forward is nn.Embedding.forward:
+        if isinstance(module, nn.Embedding):
             return False
         return module in self._owners and not (_is_linear(module) and self._all_thin(module))
 
@@ -168,7 +172,7 @@ class Perturbed(Directed):
         return self.rule.direction == "lowrank" or "weight" not in self._owners[module]
 
     def _keeps_rows(self, module: nn.Module) -> bool:
-        plain = _is_linear(module) or type(module).forward is nn.Embedding.forward
+        plain = _is_linear(module) or isinstance(module, nn.Embedding)
         vectors = all(self.parameters[name].dim() == 1 for name in self._owners[module].values())
         return plain or (vectors and not any(module.children()))
 
@@ -215,21 +219,30 @@ class Perturbed(Directed):
         return output
 
     def _embedding(
-        self, named: dict[str, str], module: Any, inputs: tuple[Tensor, ...], output: Tensor
+        self,
+        named: dict[str, str],
+        module: Any,
+        inputs: tuple[Any, ...],
+        named_inputs: dict[str, Any],
+        output: Tensor,
     ) -> Tensor:
+        """A look-up is linear in its table, also where a subclass shifts ids or scales rows."""
         self._called.update(named.values())
         if not self._signs:
             return output
-        ids, output = self._spread(inputs[0]), self._spread(output).contiguous()
-        flat, ids = output.view(-1, output.shape[-1]), ids.reshape(-1)
         z = self.direction(named["weight"])
+        table = z.left if z.thin else z.whole
+        assert table is not None
+        with _given(module, {"weight": table}):
+            seen = self._spread(module.forward(*inputs, **named_inputs))
+        output = self._spread(output).contiguous()
+        flat, seen = output.view(-1, output.shape[-1]), seen.reshape(-1, seen.shape[-1])
         for length, rows in self._parts(len(flat)):
             if z.thin:
-                assert z.left is not None
                 assert z.right is not None
-                flat[rows].addmm_(z.left[ids[rows]], z.right.T, alpha=length * z.scale)
+                flat[rows].addmm_(seen[rows], z.right.T, alpha=length * z.scale)
             else:
-                flat[rows].add_(z.dense()[ids[rows]], alpha=length)
+                flat[rows].add_(seen[rows], alpha=length)
         return output
 
     def _swapped(
@@ -241,28 +254,32 @@ class Perturbed(Directed):
             return forward(*args, **named_args)
         moves = {key: self.direction(name).dense() for key, name in named.items()}
         if len(self._signs) == 1:
-            with _other(module, moves, self._signs[0] * self.rule.eps):
+            with _given(module, _moved(module, moves, self._signs[0] * self.rule.eps)):
                 return forward(*args, **named_args)
         spread = [self._spread(one) if isinstance(one, Tensor) else one for one in args]
         parts = []
         for length, rows in self._parts(len(spread[0])):
             half = [one[rows] if isinstance(one, Tensor) else one for one in spread]
-            with _other(module, moves, length):
+            with _given(module, _moved(module, moves, length)):
                 parts.append(forward(*half, **named_args))
         return torch.cat(parts)
 
 
 @contextmanager
-def _other(module: nn.Module, moves: dict[str, Tensor], length: float) -> Iterator[None]:
-    """The module with copies of its parameters, moved by `length` times `moves`."""
-    kept = {key: module._parameters[key] for key in moves}
+def _given(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """The module with these tensors in place of its own parameters."""
     table: dict[str, Any] = module._parameters
-    for key, z in moves.items():
-        table[key] = torch.add(table[key], z, alpha=length)
+    kept = {key: table[key] for key in tensors}
+    table.update(tensors)
     try:
         yield
     finally:
         table.update(kept)
+
+
+def _moved(module: nn.Module, moves: dict[str, Tensor], length: float) -> dict[str, Tensor]:
+    own: dict[str, Any] = module._parameters
+    return {key: torch.add(own[key], z, alpha=length) for key, z in moves.items()}
 
 
 def _is_linear(module: nn.Module) -> bool:

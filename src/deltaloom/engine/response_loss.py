@@ -88,9 +88,7 @@ class ResponseLoss:
 
     def _states(self, batch: dict[str, Tensor]) -> Tensor:
         """What the output layer is given, (b, T, d), or the logits where it is not the last."""
-        inputs = {
-            key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")
-        }
+        inputs = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
         width = inputs["input_ids"].shape[1]
         if not self._last:
             return self.model(**inputs, use_cache=False).logits[:, -width:]

@@ -98,9 +98,7 @@ class Rewarded(Signwise):
         return -sum(rewards) / len(rewards), sum(one.forward_tokens for one in found)
 
 
-def exact_match(
-    model: Any, tokenizer: Any, data: Examples, encoded: Sequence[Encoded]
-) -> Rewarded:
+def exact_match(model: Any, tokenizer: Any, data: Examples, encoded: Sequence[Encoded]) -> Rewarded:
     """Reward 1 where the answer is the row's response, but for space around it."""
 
     def reward(rows: Sequence[Example], answers: Sequence[str]) -> list[float]:

@@ -98,7 +98,7 @@ class Lora(GradientTuner):
 
 
 def save_adapter(model: Any, folder: Path, base: Base, kind: str = "lowrank") -> None:
-    """Write a PEFT adapter folder whose bytes depend on the weights alone; `kind` is its Delta's."""
+    """Write a PEFT adapter folder, of a Delta of `kind`, whose bytes the weights alone decide."""
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

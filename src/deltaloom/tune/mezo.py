@@ -15,7 +15,8 @@ response tokens' mean cross-entropy, as in training by gradient, where the paper
 The result is a trace (seed and scalars) of a few bytes a step; of LoRA and prefix an adapter.
 
 Not covered: weight decay; layerwise scaling by gradient or parameter norms; several devices that
-share a step; z for billions of weights drawn on a GPU (`rademacher` and `gaussian` draw on the CPU).
+share a step; `rademacher` and `gaussian` drawn on a GPU (the CPU draws them, which takes long for
+billions of weights).
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Mezo(Tuner):
     """Regular expression; only parameters in whose names it is found are tuned, as
     `layers\\.(10|11)\\.` or `self_attn`. None tunes all that `tuned` says."""
     steps: Count = 500
-    """Steps, of two forward passes per perturbation. Ours, for a first look: the paper takes 20,000 for
-    OPT-13B and 100,000 for RoBERTa-large."""
+    """Steps, of two forward passes per perturbation. Ours, for a first look: the paper takes
+    20,000 for OPT-13B and 100,000 for RoBERTa-large."""
     batch_size: Count = 16
     """Rows per step (the paper, OPT-13B: 16)."""
     micro_batch: Count | None = None

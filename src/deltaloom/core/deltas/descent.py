@@ -5,8 +5,8 @@ al. 2023, section 2). The forms, in torch's own definitions of its optimizers:
 
 - `sgd`: p -= lr G
 - `momentum`: m = momentum m + G; p -= lr m
-- `adam`: m = b1 m + (1 - b1) G; v = b2 v + (1 - b2) G^2; p -= lr m^ / (sqrt(v^) + 1e-8), with m^ and
-  v^ divided by 1 - b1^t and 1 - b2^t
+- `adam`: m = b1 m + (1 - b1) G; v = b2 v + (1 - b2) G^2; p -= lr m^ / (sqrt(v^) + 1e-8), where m^
+  and v^ are m and v divided by 1 - b1^t and 1 - b2^t
 
 A step on a 16-bit parameter is made in float32 and rounded up or down at random, with
 probabilities that keep its expectation (stochastic rounding: Gupta et al. 2015), because steps of
@@ -134,9 +134,7 @@ def move(tensor: Tensor, direction: Direction, length: float) -> None:
     tensor.add_(direction.dense(), alpha=length)
 
 
-def _moved(
-    memory: list[Tensor], rows: slice, factor: float, divisor: float | None
-) -> Tensor:
+def _moved(memory: list[Tensor], rows: slice, factor: float, divisor: float | None) -> Tensor:
     first = _rows(memory[0])[rows]
     if divisor is None:
         return factor * first

@@ -81,7 +81,8 @@ class Steps:
             **{START + name: tensor.contiguous() for name, tensor in (start or {}).items()},
         }
         with new_file(file) as temporary:
-            save_file(tensors, temporary, {"format": "pt", "trace": json.dumps(about)})
+            # one key: safetensors writes several in an order of chance
+            save_file(tensors, temporary, {"trace": json.dumps(about)})
 
     @classmethod
     def load(cls, file: Path) -> Steps:
