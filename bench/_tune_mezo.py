@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  (its memory is no method's)
 
 from deltaloom.core.deltas.descent import Descent, Rule, Scalars, replay
 from deltaloom.core.encoding import Encoded
@@ -25,19 +26,19 @@ TIME, MEMORY = 2.15, 1.1
 """Bounds: a step over one plain forward pass with its loss, and peak over that of inference."""
 KEPT, DRIFT = 0.1, 0.5
 """Bounds: how far the kept part of an update is from 1; drift over the official procedure's."""
-LENGTHS = (128, 256, 512, 1024)
-BATCH = 4
+LENGTHS = (128, 512, 1024)
+BATCH = 2
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
     """All results of this part."""
-    found = []
-    for size, rounds in (("25M", 3),) if quick else (("25M", 11), ("100M", 7)):
-        for tokens in (128,) if quick else (128, 1024):
-            found += times(size, tokens, rounds)
-    found += memory("25M", (128,) if quick else LENGTHS)
+    # memory first: forked processes must not find what earlier work left in the heap
+    found = memory("25M", (128,) if quick else LENGTHS)
     if not quick:
         found += memory("100M", (128, 1024), ("inference", "mezo"))
+    for size, rounds in (("25M", 3),) if quick else (("25M", 7), ("100M", 5)):
+        for tokens in (128,) if quick else (128, 1024):
+            found += times(size, tokens, rounds, every=size == "25M")
     return found + [one for name in ("bfloat16", "float16") for one in drifts(name, quick)]
 
 
@@ -148,17 +149,20 @@ def inference(model: Any, data: list[Encoded], labels: bool) -> Callable[[], Non
     return forward
 
 
-def times(size: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """CPU seconds of every side over one forward pass."""
+def times(size: str, tokens: int, rounds: int, *, every: bool) -> list[dict[str, Any]]:
+    """CPU seconds of a step over one forward pass, of every side or of the default alone."""
     data, model = batch_of(tokens // 128, 128), model_of(size)
     sides: dict[str, Callable[[], None]] = {
         "forward": inference(model, data, labels=True),
         "forward without loss": inference(model, data, labels=False),
         "low-rank": Ours(model, data, "lowrank"),
+    }
+    others: dict[str, Callable[[], None]] = {
         "Rademacher": Ours(model, data, "rademacher"),
         "Gaussian in place": Ours(model, data, "gaussian"),
         "official loop": Official(model, data),
     }
+    sides |= others if every else {}
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():
@@ -181,7 +185,8 @@ def times(size: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
         row(f"{what}: low-rank step / forward without loss", bare, None, "ratio"),
         *(
             row(f"{what}: {name} / forward", ratios[name], None, "ratio")
-            for name in ("Rademacher", "Gaussian in place", "official loop")
+            for name in others
+            if every
         ),
     ]
 
@@ -201,6 +206,7 @@ def memory(
     size: str, lengths: tuple[int, ...], methods: tuple[str, ...] = tuple(METHODS)
 ) -> list[dict[str, Any]]:
     """Peaks over sequence length, each of a process of its own."""
+    warnings.simplefilter("ignore", FutureWarning)  # transformers renames its checkpointing
     peaks = {m: [peak(size, m, BATCH, length) for length in lengths] for m in methods}
     print(f"peak MB, {size} fp32 (weights included), batch {BATCH}, by length {lengths}")
     for method, own in peaks.items():
@@ -217,31 +223,30 @@ def memory(
 
 
 def peak(size: str, method: str, batch: int, length: int) -> float:
-    """Bytes above what the process held before the model."""
-    command = [sys.executable, __file__, size, method, str(batch), str(length)]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1])
+    """Peak of two steps in a process of its own, in bytes above what it held before the model."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=alone, args=(theirs, size, method, batch, length))
+    child.start()
+    found = mine.recv()
+    child.join()
+    return found
+
+
+def alone(answer: Any, size: str, method: str, batch: int, length: int) -> None:
+    """Two steps of one method, which is when Adam has its state; sends the peak."""
+    before = resident("VmRSS")
+    step = stepper(model_of(size), batch_of(batch, length), method)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model
+    for _ in range(2):
+        step()
+    answer.send(resident("VmHWM") - before)
 
 
 def resident(key: str) -> float:
     """VmRSS or VmHWM of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def alone(size: str, method: str, batch: int, length: int) -> None:
-    """Three steps of one method in this process; prints the peak."""
-    import peft  # noqa: F401  (its memory is no method's)
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    torch.set_num_threads(1)
-    before = resident("VmRSS")
-    model, data = model_of(size), batch_of(batch, length)
-    step = stepper(model, data, method)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model
-    for _ in range(3):
-        step()
-    print(json.dumps(resident("VmHWM") - before))
 
 
 def stepper(model: Any, data: list[Encoded], method: str) -> Callable[[], None]:
@@ -253,11 +258,8 @@ def stepper(model: Any, data: list[Encoded], method: str) -> Callable[[], None]:
     if method == "official":
         return Official(model, data)
     if method.startswith("lora"):
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-        )
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+        model = peft.get_peft_model(model, config)
         if method == "lora_checkpointed":
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -319,7 +321,3 @@ def drift(dtype: str, size: float, *, official: bool) -> tuple[float, float]:
     change = weights.double() - start
     kept = float((change * intended).sum() / (intended * intended).sum())
     return kept, float((change - kept * intended).square().mean().sqrt())
-
-
-if __name__ == "__main__":
-    alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -3,8 +3,8 @@
     python bench/tune.py [--quick] [--only PART ...]
 
 CPU seconds of one thread; the sides take turns in one process, and a ratio is the median over the
-rounds of the ratios within a round. Memory is the peak of a process of its own over what it held
-before the model was made. Each part is a module `_tune_PART.py` with one function `rows`.
+rounds of the ratios within a round. Memory is the peak resident set of a process of its own over
+what it held before the model was made. Each part is a module `_tune_PART.py` with a function `rows`.
 """
 
 from __future__ import annotations

@@ -35,11 +35,11 @@ STEPS = 700
 GRADIENT = {"epochs": 3, "batch_size": 16}
 MEZO = {"steps": STEPS, "batch_size": 16, "eps": 1e-3, "max_length": 64}
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "full tuning": ("full", GRADIENT, (3e-4, 1e-3, 3e-3)),
-    "LoRA": ("lora", GRADIENT, (1e-3, 3e-3, 1e-2)),
-    "MeZO low-rank": ("mezo", {**MEZO, "direction": "lowrank"}, (1e-4, 3e-4, 1e-3)),
-    "MeZO Rademacher": ("mezo", {**MEZO, "direction": "rademacher"}, (1e-4, 3e-4, 1e-3)),
-    "MeZO Gaussian": ("mezo", {**MEZO, "direction": "gaussian"}, (1e-4, 3e-4, 1e-3)),
+    "full tuning": ("full", GRADIENT, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoRA": ("lora", GRADIENT, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "MeZO low-rank": ("mezo", {**MEZO, "direction": "lowrank"}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "MeZO Rademacher": ("mezo", {**MEZO, "direction": "rademacher"}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "MeZO Gaussian": ("mezo", {**MEZO, "direction": "gaussian"}, (1e-4, 3e-4, 1e-3, 3e-3)),
 }
 """Arm -> method, settings, learning rates to choose from."""
 SWEEP_SEED = 100
