@@ -4,7 +4,8 @@
 
 CPU seconds of one thread; the sides take turns in one process, and a ratio is the median over the
 rounds of the ratios within a round. Memory is the peak resident set of a process of its own over
-what it held before the model was made. Each part is a module `_tune_PART.py` with a function `rows`.
+what it held before the model was made. Each part is a module `_tune_PART.py` with one function,
+`rows`.
 """
 
 from __future__ import annotations

@@ -128,9 +128,10 @@ class Perturbed(Directed):
         self._called: set[str] = set()
 
     def __enter__(self) -> Perturbed:
-        self._handles = []
+        self._handles, self._forwards = [], {}
         for module, named in self._owners.items():
             if self.is_swapped(module):
+                self._forwards[module] = vars(module).get("forward")  # accelerate sets one
                 module.forward = partial(self._swapped, module, named, module.forward)
             elif isinstance(module, nn.Embedding):
                 hook = partial(self._embedding, named)
@@ -143,16 +144,20 @@ class Perturbed(Directed):
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self._owners:
-            if self.is_swapped(module):
+        for module, before in self._forwards.items():
+            if before is None:
                 del module.forward
+            else:
+                module.forward = before
 
     @contextmanager
     def signed(self, signs: tuple[float, ...], rows: int = 0) -> Iterator[None]:
         """See `Directed`."""
         self._signs, self._rows = signs, rows
-        yield
-        self._signs = ()
+        try:
+            yield
+        finally:
+            self._signs = ()
 
     def check(self) -> None:
         """Raise InputError when a parameter had no part in the forward passes so far."""

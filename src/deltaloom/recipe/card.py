@@ -23,10 +23,14 @@ def write_card(
     bytes.
     """
     ((verb, settings),) = step.items()
-    adapter = (folder / "adapter_config.json").exists()
+    what, library = "model made from", "transformers"
+    if (folder / "adapter_config.json").exists():
+        what, library = "PEFT adapter for", "peft"
+    elif (folder / "trace.safetensors").exists():
+        what, library = "tuning trace over", "deltaloom"
     front = {
         "base_model": about["base"],
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": library,
         "tags": ["deltaloom", verb, settings["method"]],
     }
     lines = [
@@ -36,7 +40,7 @@ def write_card(
         "",
         f"# {settings['name']}",
         "",
-        f"A {'LoRA adapter for' if adapter else 'model made from'} `{about['base']}` "
+        f"A {what} `{about['base']}` "
         f"(weights `{about['fingerprint']}`) by `deltaloom {verb} {settings['method']}`.",
         "",
         *_data(about.get("sources")),

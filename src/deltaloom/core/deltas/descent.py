@@ -93,7 +93,9 @@ class Descent:
             weights = [-found.lr * weight for weight in weights]
             _add_directions(tensor, drawn, weights, seed)
             return
-        memory = self.memory.setdefault(name, self._start(tensor))
+        if name not in self.memory:
+            self.memory[name] = self._start(tensor)
+        memory = self.memory[name]
         factor, divisor = -found.lr, None
         if self.rule.update == "momentum":
             memory[0].mul_(self.rule.momentum)
