@@ -6,10 +6,11 @@ are those of the base's tensors (`model.layers.0.mlp.up_proj.weight`), shapes ar
 
 from __future__ import annotations
 
+import importlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from deltaloom.core.errors import InputError
 
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from deltaloom.core.base import Base
+
+
+class Kind(NamedTuple):
+    """A kind of adapter that is not low-rank."""
+
+    home: str
+    """Module of `core.deltas` and class of its delta."""
+    called: str
+    """What people call it."""
+
+
+ADAPTERS = {
+    "DELTALOOM_ROUTED": Kind("routed:Routed", "routed"),
+    "PREFIX_TUNING": Kind("prompt:Prompt", "prefix"),
+    "PROMPT_TUNING": Kind("prompt:Prompt", "soft prompt"),
+}
+"""By PEFT's name; all others are read as low-rank."""
+STORED = {
+    "sparse.safetensors": "sparse:Sparse",
+    "trace.safetensors": "trace:Trace",
+    "delta.safetensors": "dense:Dense",
+}
+"""A file that `Delta.save` writes -> module and class."""
 
 
 class Delta(ABC):
@@ -115,11 +139,6 @@ def load(name: str | Path, base: Base) -> Delta:
     that `Delta.save` wrote. Raises InputError when it is none of these, or when its `delta.json`
     names a base of other weights.
     """
-    from deltaloom.core.deltas.dense import Dense
-    from deltaloom.core.deltas.lowrank import LowRank
-    from deltaloom.core.deltas.routed import Routed
-    from deltaloom.core.deltas.sparse import Sparse
-
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
     about = _about(folder)
     recorded = about.get("base", {}).get("fingerprint")
@@ -130,14 +149,19 @@ def load(name: str | Path, base: Base) -> Delta:
         )
     adapter = adapter_kind(folder)
     if adapter is not None:  # LowRank refuses by name what it does not know
-        return {"DELTALOOM_ROUTED": Routed}.get(adapter, LowRank).load(folder, base)
-    if (folder / "sparse.safetensors").exists():
-        return Sparse.load(folder, base)
-    if (folder / "delta.safetensors").exists():
-        return Dense.load(folder, base)
+        kind = ADAPTERS.get(adapter)
+        return _class(kind.home if kind else "lowrank:LowRank").load(folder, base)
+    for stored, home in STORED.items():
+        if (folder / stored).exists():
+            return _class(home).load(folder, base)
     if (folder / "config.json").exists():
-        return Dense.from_model(folder, base)
+        return _class("dense:Dense").from_model(folder, base)
     raise InputError(f"{folder}: neither an adapter, a model nor a delta folder")
+
+
+def _class(home: str) -> Any:
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(f"deltaloom.core.deltas.{module}"), name)
 
 
 def adapter_kind(folder: Path) -> str | None:

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from deltaloom.core.atomic import write_text
-from deltaloom.core.delta import adapter_kind
+from deltaloom.core.delta import ADAPTERS, adapter_kind
+
+TRACE = "trace.safetensors"
 
 
 def write_card(
@@ -27,7 +29,7 @@ def write_card(
     adapter = adapter_kind(folder)
     front = {
         "base_model": about["base"],
-        "library_name": "peft" if adapter is not None else "transformers",
+        "library_name": _library(folder, adapter),
         "tags": ["deltaloom", verb, settings["method"]],
     }
     lines = [
@@ -37,7 +39,7 @@ def write_card(
         "",
         f"# {settings['name']}",
         "",
-        f"A {_kind(adapter)} `{about['base']}` "
+        f"A {_what(folder, adapter)} `{about['base']}` "
         f"(weights `{about['fingerprint']}`) by `deltaloom {verb} {settings['method']}`.",
         *_loading(adapter),
         "",
@@ -53,11 +55,17 @@ def write_card(
     write_text(folder / "README.md", "\n".join(lines))
 
 
-def _kind(adapter: str | None) -> str:
+def _library(folder: Path, adapter: str | None) -> str:
+    if adapter is not None:
+        return "peft"
+    return "deltaloom" if (folder / TRACE).exists() else "transformers"
+
+
+def _what(folder: Path, adapter: str | None) -> str:
     """What the folder is, before the base's name."""
-    if adapter is None:
-        return "model made from"
-    return "routed adapter for" if adapter == "DELTALOOM_ROUTED" else "LoRA adapter for"
+    if adapter is not None:
+        return f"{ADAPTERS[adapter].called if adapter in ADAPTERS else 'LoRA'} adapter for"
+    return "tuning trace over" if (folder / TRACE).exists() else "model made from"
 
 
 def _loading(adapter: str | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deltaloom.core.delta import adapter_kind
+from deltaloom.core.delta import ADAPTERS, adapter_kind
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.features import Features
@@ -42,15 +42,18 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def _weights(path: Path, is_run: bool) -> dict[str, Any]:
     if (path / "adapter_config.json").exists():
+        adapter = str(adapter_kind(path))
+        if adapter in ADAPTERS:  # of the others LowRank knows what they must hold
+            tensors = TensorFolder(path / "adapter_model.safetensors")
+            kind = f"{ADAPTERS[adapter].called} adapter"
+            return {"kind": kind, "tensors": len(tensors), "bytes": tensors.nbytes}
         from deltaloom.core.deltas.lowrank import read_factors
 
-        if adapter_kind(path) == "DELTALOOM_ROUTED":
-            tensors = TensorFolder(path / "adapter_model.safetensors")
-            return {"kind": "routed adapter", "tensors": len(tensors), "bytes": tensors.nbytes}
         return {"kind": "adapter", "modules": len(read_factors(path))}
     for stored, kind in (
         ("delta.safetensors", "dense delta"),
         ("sparse.safetensors", "sparse delta"),
+        ("trace.safetensors", "trace"),
     ):
         if (path / stored).exists():
             return {"kind": kind, "tensors": len(TensorFolder(path / stored))}

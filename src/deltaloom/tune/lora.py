@@ -97,8 +97,8 @@ class Lora(GradientTuner):
         return model.train()
 
 
-def save_adapter(model: Any, folder: Path, base: Base) -> None:
-    """Write a PEFT adapter folder whose bytes depend on the weights alone."""
+def save_adapter(model: Any, folder: Path, base: Base, kind: str = "lowrank") -> None:
+    """Write a PEFT adapter folder, of a Delta of `kind`, whose bytes the weights alone decide."""
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -109,4 +109,4 @@ def save_adapter(model: Any, folder: Path, base: Base) -> None:
     config["base_model_name_or_path"] = base.model
     write_json(path, config)
     (folder / "README.md").unlink(missing_ok=True)
-    describe(folder, "lowrank", base)
+    describe(folder, kind, base)
