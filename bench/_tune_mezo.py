@@ -1,18 +1,13 @@
-"""MeZO's part of `tune.py`: time and memory of a step, and what 16-bit weights keep of one."""
+"""MeZO in `tune.py`: the time of a step, and what 16-bit weights keep of one."""
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401  (its memory is no method's)
 
 from deltaloom.core.deltas.descent import Descent, Rule, Scalars, replay
 from deltaloom.core.encoding import Encoded
@@ -22,20 +17,15 @@ from deltaloom.engine.response_loss import ResponseLoss
 VOCABULARY = 16384
 SHAPES = {"25M": (384, 1024, 7), "100M": (768, 2048, 10)}
 """Width, inner width, layers of a random Llama with an output layer of its own."""
-TIME, MEMORY = 2.15, 1.1
-"""Bounds: a step over one plain forward pass with its loss, and peak over that of inference."""
+TIME = 2.15
+"""Bound of a step over one plain forward pass with its loss."""
 KEPT, DRIFT = 0.1, 0.5
 """Bounds: how far the kept part of an update is from 1; drift over the official procedure's."""
-LENGTHS = (128, 512, 1024)
-BATCH = 2
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
     """All results of this part."""
-    # memory first: forked processes must not find what earlier work left in the heap
-    found = memory("25M", (128,) if quick else LENGTHS)
-    if not quick:
-        found += memory("100M", (128, 1024), ("inference", "mezo"))
+    found = []
     for size, rounds in (("25M", 3),) if quick else (("25M", 7), ("100M", 5)):
         for tokens in (128,) if quick else (128, 1024):
             found += times(size, tokens, rounds, every=size == "25M")
@@ -189,90 +179,6 @@ def times(size: str, tokens: int, rounds: int, *, every: bool) -> list[dict[str,
             if every
         ),
     ]
-
-
-METHODS = {
-    "inference": "forward, logits only",
-    "mezo": "MeZO low-rank",
-    "rademacher": "MeZO Rademacher",
-    "official": "MeZO official loop",
-    "lora_checkpointed": "LoRA + checkpointing",
-    "lora": "LoRA",
-    "adam": "Adam, all parameters",
-}
-
-
-def memory(
-    size: str, lengths: tuple[int, ...], methods: tuple[str, ...] = tuple(METHODS)
-) -> list[dict[str, Any]]:
-    """Peaks over sequence length, each of a process of its own."""
-    warnings.simplefilter("ignore", FutureWarning)  # transformers renames its checkpointing
-    peaks = {m: [peak(size, m, BATCH, length) for length in lengths] for m in methods}
-    print(f"peak MB, {size} fp32 (weights included), batch {BATCH}, by length {lengths}")
-    for method, own in peaks.items():
-        print(f"  {METHODS[method]:22s} " + " ".join(f"{one / 1e6:7.0f}" for one in own))
-    found = []
-    for at, length in enumerate(lengths):
-        what = f"{size}, {BATCH} x {length}: peak memory of low-rank MeZO /"
-        for method, own in peaks.items():
-            if method != "mezo":
-                ratio = peaks["mezo"][at] / own[at]
-                bound = MEMORY if method == "inference" else None
-                found.append(row(f"{what} {METHODS[method]}", ratio, bound, "ratio"))
-    return found
-
-
-def peak(size: str, method: str, batch: int, length: int) -> float:
-    """Peak of two steps in a process of its own, in bytes above what it held before the model."""
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=alone, args=(theirs, size, method, batch, length))
-    child.start()
-    found = mine.recv()
-    child.join()
-    return found
-
-
-def alone(answer: Any, size: str, method: str, batch: int, length: int) -> None:
-    """Two steps of one method, which is when Adam has its state; sends the peak."""
-    before = resident("VmRSS")
-    step = stepper(model_of(size), batch_of(batch, length), method)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model
-    for _ in range(2):
-        step()
-    answer.send(resident("VmHWM") - before)
-
-
-def resident(key: str) -> float:
-    """VmRSS or VmHWM of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def stepper(model: Any, data: list[Encoded], method: str) -> Callable[[], None]:
-    """One step of a method, as a call."""
-    if method == "inference":
-        return inference(model, data, labels=False)
-    if method in ("mezo", "rademacher"):
-        return Ours(model, data, "lowrank" if method == "mezo" else method)
-    if method == "official":
-        return Official(model, data)
-    if method.startswith("lora"):
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-        model = peft.get_peft_model(model, config)
-        if method == "lora_checkpointed":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-    trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-9)
-    ids = torch.tensor([one.input_ids for one in data])
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def drifts(dtype: str, quick: bool) -> list[dict[str, Any]]:
