@@ -62,5 +62,5 @@ def test_a_prompt_adds_to_its_own_kind_alone(home, base):
 
 def test_a_prompt_without_weights_is_refused(home, base, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
-    with pytest.raises(InputError, match="has no adapter_model.safetensors"):
+    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
         load(tmp_path, base)
