@@ -4,9 +4,10 @@
 
 SST-2 sentences of at most 14 words, asked as "SENTENCE It was" and answered " good" or " bad";
 accuracy is over these two choices. Each arm's learning rate is the one of least mean validation
-loss among those listed here, on three training sets that are none of the seeds'; then five training
-sets of 512 rows, one test set. All arms minimise the same loss on the same rows; MeZO's take 22 epochs and
-the gradient arms 3. Intervals are Student's t over seeds, and differences are paired by seed.
+loss among those listed here, on three training sets that are none of the seeds'; then five
+training sets of 512 rows, one test set. All arms minimise the same loss on the same rows; MeZO's
+take 22 epochs and the gradient arms 3. Intervals are Student's t over seeds, and differences are
+paired by seed.
 """
 
 from __future__ import annotations
