@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -266,12 +267,12 @@ def _single(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def _append(path: Any, line: dict[str, Any]) -> None:
+def _append(path: Path, line: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(canonical(line) + "\n")
 
 
-def _whole_lines(path: Any) -> list[dict[str, Any]]:
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; what an interruption cut short is removed from the file."""
     if not path.exists():
         return []
