@@ -19,7 +19,7 @@ HELD_OUT = ("pet", "statement", "lookup")
 """Questions whose verbs no expert reads; facts as the base read them; an operation it knows."""
 MIXED = ("home", "hat")
 """Attributes of the mixture that makes the better base; nobody's task."""
-SMALL = 64
+SMALL = 96
 """Width of the small base; the lab's own has 128."""
 
 

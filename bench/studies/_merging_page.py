@@ -86,9 +86,14 @@ def table(rows: list[Any], metric: str) -> list[str]:
     return [*lines, ""]
 
 
+def spread(one: Any) -> bool:
+    """Whether the choices differ: equal scores are no sample of a proportion, whatever they are."""
+    return len(set(one.items.values())) > 1
+
+
 def text(one: Any) -> str:
     """Value and interval; a single choice has none, and equal ones need none."""
-    if one.n == 1 or one.low == one.high:
+    if not spread(one):
         return f"{one.value:.2f}"
     return f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
 
@@ -145,7 +150,7 @@ def panel(rows: list[Any], methods: list[str], metric: str, across: Scale, up: S
             found = getattr(row, metric)
             x, y = across(row.count) + shift, HEIGHT * (1 - up(found.value) / 100)
             points.append((x, y))
-            if found.n > 1 and method not in ("multitask", "base"):
+            if spread(found) and method not in ("multitask", "base"):
                 top, foot = (
                     HEIGHT * (1 - min(max(up(end), 0), 100) / 100)
                     for end in (found.high, found.low)
