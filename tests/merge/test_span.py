@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.method import get
-from deltaloom.merge import _span as span
+from deltaloom.merge._lanes import LANES
+from deltaloom.merge._rules import Linear
+from deltaloom.merge._span import SpanTensor
+from deltaloom.merge._span_kernels import add_inner
 
 torch.set_num_threads(1)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -273,10 +276,10 @@ def test_inner_products_are_the_same_to_the_bit_for_every_cut(rows, columns, cut
     x, y = np.random.default_rng(seed).standard_normal((2, rows * columns)).astype(np.float32)
     found = []
     for places in ([], cuts):
-        lanes, sums = np.zeros(span.LANES), np.zeros(rows)
+        lanes, sums = np.zeros(LANES), np.zeros(rows)
         edges = sorted({0, x.size, *(min(cut, x.size) for cut in places)})
         for start, stop in pairwise(edges):
-            span.add_inner(x[start:stop], y[start:stop], start, columns, lanes, sums)
+            add_inner(x[start:stop], y[start:stop], start, columns, lanes, sums)
         found.append(sums)
         assert not lanes.any()
     assert np.array_equal(*found)
@@ -314,3 +317,17 @@ def test_an_adapter_is_an_end(tmp_path):
     a = (models[0]["w.weight"] + change["w.weight"]).double()
     b = models[1]["w.weight"].double()
     assert_close(got["w.weight"], arc(a, b, 0.4), "w", a.abs() + b.abs())
+
+
+@pytest.mark.parametrize("method", ["slerp", "multislerp", "karcher", "average"])
+@pytest.mark.parametrize("block", [256, 1000, None])
+def test_stored_bfloat16_gives_the_bytes_of_the_general_way(tmp_path, monkeypatch, method, block):
+    count = 2 if method == "slerp" else 3
+    models = random_models(count, torch.bfloat16)
+    settings = {} if block is None else {"block": block}
+    quick = merged(tmp_path / "quick", models, method, **settings)
+    for rule in (Linear, SpanTensor):
+        monkeypatch.setattr(rule, "takes_bits", property(lambda self: False, lambda self, on: None))
+    general = merged(tmp_path / "general", models, method)
+    for name, tensor in general.items():
+        assert torch.equal(quick[name].view(torch.int16), tensor.view(torch.int16)), name

@@ -16,8 +16,9 @@ from deltaloom.merge._compat_numbers import Numbers
 from deltaloom.merge._compat_points import RowTensor
 from deltaloom.merge._compat_reduce import whole
 from deltaloom.merge._compat_sums import CompatRule
+from deltaloom.merge._lanes import LANES
 from deltaloom.merge._rule import Block, TensorRule
-from deltaloom.merge._span import LANES, add_inner
+from deltaloom.merge._span_kernels import add_inner
 
 if TYPE_CHECKING:
     from deltaloom.core.tensors import TensorEntry

@@ -6,8 +6,10 @@ on how a tensor is cut into blocks.
 
 from __future__ import annotations
 
-from numba import carray, njit, types, uint32
+from numba import carray, float64, njit, types, uint32
 
+LANES = 16
+"""Partial sums side by side."""
 TILE = 1024
 """Elements per inner loop: a few rows of this length stay in the first-level cache."""
 
@@ -128,6 +130,74 @@ def add_bfloat16(base, models, factors, common, added, k, n, scratch, bits, nan,
             carray(nan, (1,))[0] = 1
 
 
+def gram_bfloat16(models, start, k, n, scratch, bits, lanes):
+    """Add to lanes (k (k + 1) / 2, LANES) float64 the inner products of models (k, n), bfloat16 as
+    uint16, whose first element is the `start`-th of the tensor: pairs i <= j in order.
+
+    Element e goes to lane e % LANES, so no cut into blocks shows. Products of two bfloat16 are
+    exact in float32. scratch (k, TILE) float32, and the same memory as uint32 `bits`.
+    """
+    rows = carray(models, (k, n))
+    floats = carray(scratch, (k, TILE))
+    words = carray(bits, (k, TILE))
+    sums = carray(lanes, (k * (k + 1) // 2, LANES))
+    for begin in range(0, n, TILE):
+        end = min(begin + TILE, n)
+        size = end - begin
+        for j in range(k):
+            _widen(rows[j, begin:end], words[j])
+        head = min(size, -(start + begin) % LANES)
+        whole = head + (size - head) // LANES * LANES
+        pair = 0
+        for i in range(k):
+            for j in range(i, k):
+                a, b, own = floats[i], floats[j], sums[pair]
+                for e in range(head):
+                    own[(start + begin + e) % LANES] += float64(a[e] * b[e])
+                for e in range(head, whole, LANES):
+                    for lane in range(LANES):
+                        own[lane] += float64(a[e + lane] * b[e + lane])
+                for e in range(whole, size):
+                    own[(start + begin + e) % LANES] += float64(a[e] * b[e])
+                pair += 1
+
+
+def combine_bfloat16(models, factors, k, n, scratch, bits, totals, nan, out):
+    """out (n,) = sum_k factors (k,) float64 models (k, n), bfloat16 as uint16, summed in float64.
+
+    A model at zero has no part. scratch (2, TILE) float32, the same memory as uint32 `bits`,
+    totals (TILE,) float64; `nan` as in `add_bfloat16`.
+    """
+    rows = carray(models, (k, n))
+    weights = carray(factors, (k,))
+    result = carray(out, (n,))
+    floats = carray(scratch, (2, TILE))
+    words = carray(bits, (2, TILE))
+    total = carray(totals, (TILE,))
+    for begin in range(0, n, TILE):
+        end = min(begin + TILE, n)
+        row, narrowed = floats[0, : end - begin], floats[1, : end - begin]
+        part = total[: end - begin]
+        first = True
+        for j in range(k):
+            w = weights[j]
+            if w != 0.0:
+                _widen(rows[j, begin:end], words[0])
+                if first:
+                    for i in range(part.size):
+                        part[i] = w * float64(row[i])
+                else:
+                    for i in range(part.size):
+                        part[i] += w * float64(row[i])
+                first = False
+        if first:
+            part[:] = 0.0
+        for i in range(part.size):
+            narrowed[i] = part[i]
+        if _narrow(words[1], result[begin:end]):
+            carray(nan, (1,))[0] = 1
+
+
 def _sum_of(kind):
     at = types.CPointer(kind)
     flags = types.CPointer(types.uint8)
@@ -135,29 +205,26 @@ def _sum_of(kind):
 
 
 _words, _floats = types.CPointer(types.uint16), types.CPointer(types.float32)
-_long = types.CPointer(types.uint32)
+_long, _flags = types.CPointer(types.uint32), types.CPointer(types.uint8)
+_doubles, _count = types.CPointer(types.float64), types.int64
 LOOPS = {
-    "narrow": (
-        narrow,
-        types.void(_long, _words, types.int64),
-    ),
+    "narrow": (narrow, types.void(_long, _words, _count)),
     "add_float32": (add_models, _sum_of(types.float32)),
     "add_float64": (add_models, _sum_of(types.float64)),
     "add_bfloat16": (
         add_bfloat16,
         types.void(
-            _words,
-            _words,
-            _floats,
-            _floats,
-            types.int64,
-            types.int64,
-            types.int64,
-            _floats,
-            _long,
-            types.CPointer(types.uint8),
-            _words,
+            *(_words, _words, _floats, _floats, _count, _count, _count),
+            *(_floats, _long, _flags, _words),
         ),
+    ),
+    "gram_bfloat16": (
+        gram_bfloat16,
+        types.void(_words, _count, _count, _count, _floats, _long, _doubles),
+    ),
+    "combine_bfloat16": (
+        combine_bfloat16,
+        types.void(_words, _doubles, _count, _count, _floats, _long, _doubles, _flags, _words),
     ),
 }
 """Name -> the loop and its signature."""

@@ -34,6 +34,8 @@ ARGUMENTS = {
     "add_float32": POINTERS * 6 + LENGTHS * 3 + POINTERS,
     "add_float64": POINTERS * 6 + LENGTHS * 3 + POINTERS,
     "add_bfloat16": POINTERS * 4 + LENGTHS * 3 + POINTERS * 4,
+    "gram_bfloat16": POINTERS + LENGTHS * 3 + POINTERS * 3,
+    "combine_bfloat16": POINTERS * 2 + LENGTHS * 2 + POINTERS * 5,
 }
 """As the signatures in `_loops.py` have them."""
 
@@ -97,6 +99,38 @@ def add_bfloat16(
         out.size,
         scratch.ctypes.data,
         scratch.ctypes.data,
+        nan.ctypes.data,
+        out.ctypes.data,
+    )
+    return bool(nan[0])
+
+
+def gram_bfloat16(models: np.ndarray, start: int, lanes: np.ndarray) -> None:
+    """Add to lanes (k (k + 1) / 2, 16) float64 the inner products of models (k, n), bfloat16 as
+    uint16, from the tensor's element `start` on: pairs i <= j in order, element e in lane e % 16.
+    """
+    k, n = models.shape
+    scratch = np.empty((k, TILE), np.float32)
+    at = scratch.ctypes.data
+    _loops()["gram_bfloat16"](models.ctypes.data, start, k, n, at, at, lanes.ctypes.data)
+
+
+def combine_bfloat16(models: np.ndarray, factors: np.ndarray, out: np.ndarray) -> bool:
+    """out (n,) = sum_k factors (k,) float64 models (k, n), all bfloat16 as uint16, in float64.
+
+    A model at zero has no part. Returns whether a NaN is among `out`.
+    """
+    k, n = models.shape
+    scratch, totals = np.empty((2, TILE), np.float32), np.empty(TILE)
+    nan, at = np.zeros(1, np.uint8), scratch.ctypes.data
+    _loops()["combine_bfloat16"](
+        models.ctypes.data,
+        factors.ctypes.data,
+        k,
+        n,
+        at,
+        at,
+        totals.ctypes.data,
         nan.ctypes.data,
         out.ctypes.data,
     )

@@ -42,7 +42,7 @@ class TensorRule(ABC):
     """Elements that no cut may part: every block is a whole multiple of it (a row's length, or the
     tensor's); memory is then at least one unit of the base and of every source."""
     takes_bits: bool = False
-    """Whether `write_bits` can do the work where all is stored as bfloat16."""
+    """Whether `scan_bits` and `write_bits` can do the work where all is stored as bfloat16."""
     spare: int = 8
     """Bytes per element of a block that `scan` and `write` allocate at most, where the numbers are
     float32; twice as many where they are float64."""
@@ -60,6 +60,10 @@ class TensorRule(ABC):
     @abstractmethod
     def write(self, block: Block) -> None:
         """Fill `block.out`."""
+
+    def scan_bits(self, number: int, start: int, models: np.ndarray) -> None:
+        """See the stored bfloat16 of models (k, n), uint16, from flat element `start` on."""
+        raise NotImplementedError
 
     def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> bool:
         """Fill out (n,) from base (n,), if it is needed, and models (k, n): bfloat16 as uint16.

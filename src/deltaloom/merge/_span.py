@@ -12,78 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from deltaloom.merge._kernels import TILE, compiled
+from deltaloom.merge._lanes import LANES
 from deltaloom.merge._rule import Block, Rule, TensorRule
 
 if TYPE_CHECKING:
     from deltaloom.core.tensors import TensorEntry
-
-LANES = 16
-"""Partial sums side by side: element c of a row goes to lane c % 16, wherever blocks are cut."""
-
-
-@compiled
-def add_inner(x, y, start, columns, lanes, sums):
-    """sums (rows,) = inner products of the rows of x and y, of which flat elements start..start+n
-    are seen here; lanes (16,) float64 carry an unfinished row from block to block.
-    """
-    done = 0
-    while done < x.size:
-        row, column = divmod(start + done, columns)
-        m = min(columns - column, x.size - done)
-        a = x[done : done + m]
-        b = y[done : done + m]
-        head = min(m, -column % LANES)
-        for i in range(head):
-            lanes[(column + i) % LANES] += np.float64(a[i]) * np.float64(b[i])
-        whole = head + (m - head) // LANES * LANES
-        for i in range(head, whole, LANES):
-            for j in range(LANES):
-                lanes[j] += np.float64(a[i + j]) * np.float64(b[i + j])
-        for i in range(whole, m):
-            lanes[(column + i) % LANES] += np.float64(a[i]) * np.float64(b[i])
-        if column + m == columns:
-            total = 0.0
-            for j in range(LANES):
-                total += lanes[j]
-                lanes[j] = 0.0
-            sums[row] = total
-        done += m
-
-
-@compiled
-def combine(base, models, coefficients, start, columns, out):
-    """out (n,) = sum_k coefficients (rows, k) models (k, n), by row, plus base (n,) where it has
-    elements. A source at zero has no part, so that the other comes through to the bit.
-    """
-    total = np.empty(TILE, np.float64)
-    done = 0
-    while done < out.size:
-        row, column = divmod(start + done, columns)
-        m = min(columns - column, out.size - done, TILE)
-        part = total[:m]
-        part[:] = 0.0
-        first = True
-        for k in range(models.shape[0]):
-            factor = coefficients[row, k]
-            values = models[k, done : done + m]
-            if factor != 0.0 and first:
-                first = False
-                for i in range(m):
-                    part[i] = factor * values[i]
-            elif factor != 0.0:
-                for i in range(m):
-                    part[i] += factor * values[i]
-        target = out[done : done + m]
-        if base.size:
-            origin = base[done : done + m]
-            for i in range(m):
-                target[i] = origin[i] + part[i] if part[i] != 0.0 else origin[i]
-        else:
-            for i in range(m):
-                target[i] = part[i]
-        done += m
-
 
 Coefficients = Callable[[np.ndarray, str], np.ndarray]
 """(rows, k, k) inner products, float64, and the tensor's name -> (rows, k) weights."""
@@ -126,24 +59,45 @@ class SpanTensor(TensorRule):
         self.pairs = [(i, j) for i in range(models) for j in range(i, models)]
         self.lanes = np.zeros((len(self.pairs), LANES))
         self.weights = np.zeros((0, models))
+        self.seen_bits = False
+        self.takes_bits = rule.form == "values" and not by_row
         # the products, and some of their size in finding the weights
         self.held = 4 * self.gram.nbytes + 8 * self.lanes.nbytes
 
     def scan(self, number: int, block: Block) -> None:
         """Add to the inner products."""
+        from deltaloom.merge._span_kernels import add_inner
+
         for lanes, (i, j) in zip(self.lanes, self.pairs, strict=True):
             x, y, sums = block.models[i], block.models[j], self.gram[:, i, j]
             add_inner(x, y, block.start, self.columns, lanes, sums)
 
     def scanned(self, number: int) -> None:
         """Find the weights."""
-        for i, j in self.pairs:
+        for lanes, (i, j) in zip(self.lanes, self.pairs, strict=True):
+            if self.seen_bits:
+                self.gram[0, i, j] = np.cumsum(lanes)[-1]  # first to last, as `add_inner` sums them
             self.gram[:, j, i] = self.gram[:, i, j]
         with np.errstate(all="ignore"):  # a NaN among the numbers reaches the whole output
             self.weights = np.ascontiguousarray(self.rule.coefficients(self.gram, self.name))
 
+    def scan_bits(self, number: int, start: int, models: np.ndarray) -> None:
+        """See TensorRule."""
+        from deltaloom.merge._native import gram_bfloat16
+
+        gram_bfloat16(models, start, self.lanes)
+        self.seen_bits = True
+
+    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> bool:
+        """See TensorRule."""
+        from deltaloom.merge._native import combine_bfloat16
+
+        return combine_bfloat16(models, self.weights[0], out)
+
     def write(self, block: Block) -> None:
         """Sum."""
+        from deltaloom.merge._span_kernels import combine
+
         base = block.base if self.rule.needs_base else block.base[:0]
         combine(base, block.models, self.weights, block.start, self.columns, block.out)
 

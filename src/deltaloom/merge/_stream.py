@@ -99,7 +99,7 @@ class Merge:
         stored = [part for part in parts if isinstance(part, StoredPart) and not part.gives_change]
         kinds = {tensor.dtype, target.dtype, *(part.tensor.dtype for part in stored)}
         if rule.takes_bits and len(stored) == len(parts) and kinds == {"BF16"}:
-            return self._write_bits(rule, own, stored, target, space)
+            return self._merge_bits(rule, own, stored, target, space)
         for number in range(rule.scans):
             for block in self._blocks(tensor, space, work, rule.unit):
                 self._fill(block, own, parts, space)
@@ -113,7 +113,7 @@ class Merge:
             self._put(block, target, space)
         return None
 
-    def _write_bits(
+    def _merge_bits(
         self,
         rule: TensorRule,
         own: StoredPart,
@@ -121,15 +121,24 @@ class Merge:
         target: TensorEntry,
         space: Workspace,
     ) -> None:
-        """The pass that writes, on the numbers as they are stored."""
-        for block in self._blocks(own.tensor, space, np.dtype(np.float32)):
+        """All passes on the numbers as they are stored."""
+
+        def stored(block: Block) -> np.ndarray:
             k, n = block.models.shape
-            base, out = space.raw.view(np.uint16)[: 2 * n].reshape(2, n)
             models = block.models.ravel().view(np.uint16)[: k * n].reshape(k, n)
-            if self.rule.needs_base:
-                own.read(block.start, base)
             for part, bits in zip(parts, models, strict=True):
                 part.read(block.start, bits)
+            return models
+
+        for number in range(rule.scans):
+            for block in self._blocks(own.tensor, space, np.dtype(np.float32)):
+                rule.scan_bits(number, block.start, stored(block))
+            rule.scanned(number)
+        for block in self._blocks(own.tensor, space, np.dtype(np.float32)):
+            models, n = stored(block), block.out.size
+            base, out = space.raw.view(np.uint16)[: 2 * n].reshape(2, n)
+            if self.rule.needs_base:
+                own.read(block.start, base)
             if rule.write_bits(base, models, out):
                 self._blame(block, [own, *parts], own.tensor)
             self.writer.write(target.name, block.start, out)

@@ -67,8 +67,8 @@ class SceTensor(TensorRule):
     def __init__(self, density: float, tensor: TensorEntry, models: int):
         import numpy as np
 
+        from deltaloom.merge._lanes import LANES
         from deltaloom.merge._order import OrderStatistics
-        from deltaloom.merge._span import LANES
 
         self.density, self.count = density, tensor.count
         self.order = OrderStatistics([1]) if density < 1 else None
@@ -84,7 +84,7 @@ class SceTensor(TensorRule):
         """Count variances by bits twice, then add up energies."""
         import numpy as np
 
-        from deltaloom.merge._span import add_inner
+        from deltaloom.merge._span_kernels import add_inner
 
         if number < self.scans - 1 and self.order is not None:
             variance = _variance(block.models)
