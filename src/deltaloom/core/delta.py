@@ -117,6 +117,7 @@ def load(name: str | Path, base: Base) -> Delta:
     """
     from deltaloom.core.deltas.dense import Dense
     from deltaloom.core.deltas.lowrank import LowRank
+    from deltaloom.core.deltas.module import KINDS, Module, adapter_kind
     from deltaloom.core.deltas.sparse import Sparse
 
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
@@ -128,6 +129,8 @@ def load(name: str | Path, base: Base) -> Delta:
             f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
         )
     if (folder / "adapter_config.json").exists():
+        if adapter_kind(folder) in KINDS:
+            return Module(base, folder)
         return LowRank.load(folder, base)
     if (folder / "sparse.safetensors").exists():
         return Sparse.load(folder, base)

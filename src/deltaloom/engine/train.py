@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from deltaloom.core.atomic import write_json
@@ -61,6 +62,28 @@ class Fitted:
     checkpoints: list[Path] = field(default_factory=list)
 
 
+class Objective:
+    """What a method adds to training by gradient, batch by batch. Does nothing by itself."""
+
+    def begin_training(self, rows: Sequence[Encoded], pad_id: int) -> None:
+        """Called once, with all rows."""
+
+    def begin_epoch(self, model: Any, epoch: int, step: int, resumed: bool) -> None:
+        """Called before an epoch (from 0), after `step` optimizer steps; `resumed` when an
+        earlier process has done a part of it."""
+
+    def begin_batch(self, rows: torch.Tensor) -> None:
+        """Called before the forward pass on the rows of these numbers, (b,)."""
+
+    def added_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, items: Any
+    ) -> torch.Tensor | None:
+        """A term to add to the loss, which is a sum over the batch divided by `items`."""
+
+    def end_batch(self) -> None:
+        """Called after the backward pass."""
+
+
 def fit(
     model: Any,
     rows: Sequence[Encoded],
@@ -72,10 +95,12 @@ def fit(
     evaluation: Evaluation | None = None,
     folder: str = "checkpoints",
     after_epoch: Callable[[Trainer, int], None] | None = None,
+    objective: Objective | None = None,
 ) -> Fitted:
     """Train `model` in place on `rows`; resumes from `run.work / folder` when it holds work.
 
-    `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written.
+    `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written;
+    `objective` adds to the loss.
     Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
     """
     set_seed(run.seed)
@@ -93,6 +118,18 @@ def fit(
         data_collator=lambda batch: collate(batch, pad_id),
     )
     trainer.last_whole = last
+    if any(row.label is not None for row in rows):
+        # The loss of `_Trainer` is, whatever the classifier's own takes.
+        trainer.model_accepts_loss_kwargs = True
+    if objective is not None:
+        numbers = {row.id: number for number, row in enumerate(rows)}
+        trainer.data_collator = lambda batch: {
+            **collate(batch, pad_id),
+            "rows": torch.tensor([numbers[row.id] for row in batch]),
+        }
+        objective.begin_training(rows, pad_id)
+        trainer.objective = objective
+        trainer.add_callback(_BeforeEpoch(objective, batches))
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(_Ledger(run, settings, total, _step_of(last)))
     watcher = None
@@ -110,7 +147,10 @@ def fit(
 
 
 def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad a batch on the right; labels are -100 wherever the response mask is 0. All (b, T)."""
+    """Pad a batch on the right; labels are -100 wherever the response mask is 0. All (b, T).
+
+    Rows of a sequence classifier have their classes as labels, (b,).
+    """
     width = max(len(row.input_ids) for row in batch)
     ids = torch.full((len(batch), width), pad_id)
     attention = torch.zeros((len(batch), width), dtype=torch.long)
@@ -121,6 +161,9 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         ids[i, :length] = own
         attention[i, :length] = 1
         labels[i, :length] = own.masked_fill(torch.tensor(row.response_mask) == 0, -100)
+    classes = [row.label for row in batch if row.label is not None]
+    if classes:
+        labels = torch.tensor(classes)
     return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
@@ -139,9 +182,36 @@ class _Trainer(Trainer):
     """Stops at a loss that is not finite; leaves no half-written checkpoint."""
 
     last_whole: Path | None = None
+    objective: Objective | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        rows = inputs.pop("rows", None)
+        if self.objective is not None:
+            self.objective.begin_batch(rows)
+        labels = inputs["labels"]
+        if labels.dim() == 1:
+            # Classifiers of transformers divide by the batch's rows, whatever they are told.
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**inputs)
+            loss = cross_entropy(outputs.logits.float(), labels, reduction="sum")
+            loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.objective is not None:
+            added = self.objective.added_loss(outputs.logits, labels, rows, num_items_in_batch)
+            loss = loss if added is None else loss + added
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.objective is not None:
+            self.objective.end_batch()
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
             raise WorkError(
@@ -211,6 +281,15 @@ class _AfterEpoch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.call(self.trainer, round(state.epoch))
+
+
+class _BeforeEpoch(TrainerCallback):
+    def __init__(self, objective: Objective, steps: int) -> None:
+        self.objective, self.steps = objective, steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch, done = divmod(state.global_step, self.steps)
+        self.objective.begin_epoch(kwargs["model"], epoch, state.global_step, done > 0)
 
 
 class _EarlyStop(TrainerCallback):

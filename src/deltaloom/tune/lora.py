@@ -77,14 +77,14 @@ class Lora(GradientTuner):
 
         set_seed(seed)
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if base.labels else "CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             target_modules=self.modules or "all-linear",
         )
-        model = base.load()
+        model = base.load(new_head=True)
         try:
             model = get_peft_model(model, config)
         except ValueError as error:
@@ -97,8 +97,8 @@ class Lora(GradientTuner):
         return model.train()
 
 
-def save_adapter(model: Any, folder: Path, base: Base) -> None:
-    """Write a PEFT adapter folder whose bytes depend on the weights alone."""
+def save_adapter(model: Any, folder: Path, base: Base, kind: str = "lowrank") -> None:
+    """Write a PEFT adapter folder, a delta of `kind`, whose bytes depend on the weights alone."""
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -109,4 +109,4 @@ def save_adapter(model: Any, folder: Path, base: Base) -> None:
     config["base_model_name_or_path"] = base.model
     write_json(path, config)
     (folder / "README.md").unlink(missing_ok=True)
-    describe(folder, "lowrank", base)
+    describe(folder, kind, base)
