@@ -44,6 +44,7 @@ TRAINING, JUDGING = 0, 1
 class How:
     """The settings that decide routing; the fields of `tune clear` say what each means."""
 
+    rule: str
     warm_up: int
     cap: float
     passes: int
@@ -97,19 +98,28 @@ class CleanRouting(Objective):
 
     def begin_batch(self, rows: Tensor) -> None:
         """Set the gates of the rows with these numbers, (b,)."""
-        self.router.gates = self._gates[rows.cpu()].to(rows.device)
+        if self.how.rule == "bypass":
+            self.router.gates = self._gates[rows.cpu()].to(rows.device)
 
     def end_batch(self) -> None:
         """Whoever uses the model between batches has every module on."""
         self.router.gates = None
 
-    def added_loss(
-        self, logits: Tensor, labels: Tensor, rows: Tensor, items: Any
-    ) -> Tensor | None:
-        """The consistency loss, over the same predictions as the loss itself."""
-        if self._now is None or not self.how.consistency:
+    def added_loss(self, logits: Tensor, labels: Tensor, rows: Tensor, items: Any) -> Tensor | None:
+        """The consistency loss, over the same predictions as the loss itself; or what must be
+        added to that loss for the mean over the rows that are kept."""
+        if self._now is None:
             return None
-        own, _ = predictions(logits, labels)
+        own, answers = predictions(logits, labels)
+        if self.how.rule == "drop":
+            counts = (self._starts[1:] - self._starts[:-1])[rows.cpu()]
+            kept = torch.repeat_interleave(self._now.clean[rows.cpu()] > 0.5, counts)
+            every = cross_entropy(own.float(), answers, reduction="none")
+            left = every[kept.to(every.device)]
+            mean = left.sum() / max(len(left), 1)
+            return (mean * len(every) - every.sum()) / (len(every) if items is None else items)
+        if not self.how.consistency:
+            return None
         at = self._places(rows.tolist())
         ids, targets = (part[at].to(own.device) for part in (self._now.ids, self._now.targets))
         total = consistency_loss(own, ids, targets, self.how.temperature)
@@ -188,7 +198,7 @@ class CleanRouting(Objective):
             inputs = {**inputs, "logits_to_keep": kept} if keeps else inputs
         total: Any = 0.0
         for own in gates:
-            self.router.gates = own.to(labels.device)
+            self.router.gates = own.to(labels.device) if self.how.rule == "bypass" else None
             with torch.autocast(
                 labels.device.type, torch.bfloat16, enabled=self.how.precision == "bfloat16"
             ):

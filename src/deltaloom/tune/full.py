@@ -47,8 +47,10 @@ class Full(GradientTuner):
     ) -> Delta:
         """Tune `base`; writes a model folder to `run.folder` and returns its dense Delta."""
         import torch
+        from transformers import set_seed
 
-        model = base.load(dtype="float32")
+        set_seed(run.seed)  # decides a classifier's new head
+        model = base.load(dtype="float32", new_head=True)
         model.train()
         model = train(model, base, data, run, self, self.train_settings(self.lr), evaluation)
         stored = base.config().get("dtype") or base.config().get("torch_dtype") or "float32"

@@ -60,7 +60,8 @@ class BottleneckConfig(PeftConfig):
 
     bottleneck_size: int = field(default=16, metadata={"help": "Width of the bottleneck."})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules whose output is adapted, by the end of their name."}
+        default=None,
+        metadata={"help": "Modules whose output is adapted, by the end of their name."},
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and save."}
