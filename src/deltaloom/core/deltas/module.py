@@ -36,16 +36,16 @@ class Module(Delta):
         self.folder = folder
 
     def names(self) -> list[str]:
-        """None of the base's tensors change."""
-        return []
+        """Raises InputError: an empty list would be merged as if nothing had been tuned."""
+        self._refused()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises KeyError: no tensor changes."""
-        raise KeyError(name)
+        """Raises InputError: no tensor changes."""
+        self._refused()
 
     def to_dense(self, name: str) -> Any:
-        """Raises KeyError: no tensor changes."""
-        raise KeyError(name)
+        """Raises InputError: no tensor changes."""
+        self._refused()
 
     def __mul__(self, factor: float) -> Delta:
         return self if factor == 1.0 else self._refused()
