@@ -12,12 +12,13 @@ Arms: LoRA, full tuning, CleaR (`tune clear`), dropping (`rule=drop`: the same j
 below one half left out of the loss), the confident joint (cleanlab's `confident_learning` rule,
 Northcutt et al. 2021, written out here: probabilities from LoRA on the other half, rows off the
 joint's diagonal removed, LoRA on the rest), and LoRA on the rows whose labels stayed right (the
-oracle). All have the same epochs and batches; the learning rate of LoRA in all arms is the better of
-two tried with plain LoRA on another seed, full tuning has one that was tried there. The other
-settings of CleaR are its defaults.
+oracle). All have the same epochs and batches; the learning rate of LoRA in all arms is the better
+of two tried with plain LoRA on another seed, full tuning has the one that was tried there. The
+other settings of CleaR are its defaults.
 
 Intervals are Student's t over seeds, of differences within a seed. *Memorised* is the share of
-wrong labels that the tuned model gives back; *AUC* how well the probabilities tell wrong from right.
+wrong labels that the tuned model gives back; *AUC* is the chance that a wrong label has a lower
+probability than a right one.
 """
 
 from __future__ import annotations
@@ -150,15 +151,11 @@ class Setting:
         """Accuracy, share of wrong labels memorised, and AUC of an arm."""
         out = self.tuned(arm)
         measured = self.home / f"{out.name}-measured"
-        found = deltaloom.measure(
+        deltaloom.measure(
             "choice", base=self.base, deltas=[str(out)], tasks=[self.test, self.noisy], out=measured
         )
-        del found
-        label = out.name
-        accuracy, given = (
-            Estimate.from_json(json.loads(path.read_text()))
-            for path in (measured / f"{label}--{part}/estimate.json" for part in ("test", "noisy"))
-        )
+        files = (measured / f"{out.name}--{part}/estimate.json" for part in ("test", "noisy"))
+        accuracy, given = (Estimate.from_json(json.loads(path.read_text())) for path in files)
         wrong = [r["id"] for r, bad in zip(self.rows, self.wrong, strict=True) if bad]
         result = {"accuracy": accuracy.value}
         if wrong:
@@ -240,9 +237,8 @@ def tables(found: dict[str, dict[str, list[dict[str, float]]]], quick: bool) -> 
             gap = over_seeds(values, "accuracy difference")
             seeds = " ".join(f"{value:+.3f}" for value in values)
             title = f"CleaR minus {other}"
-            print(
-                f"| {noise} | {title} | {gap.value:+.3f} | [{gap.low:+.3f}, {gap.high:+.3f}] | {seeds} |"
-            )
+            interval = f"[{gap.low:+.3f}, {gap.high:+.3f}]"
+            print(f"| {noise} | {title} | {gap.value:+.3f} | {interval} | {seeds} |")
             claimed = not quick and noise != "none" and other in ("LoRA", "full")
             results.append(
                 {
