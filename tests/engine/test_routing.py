@@ -164,7 +164,7 @@ def test_gates_follow_their_chances_and_their_key():
 
 
 def test_what_cannot_be_routed_is_said(folder):
-    base, tuned = models(folder, "lora")
+    _, tuned = models(folder, "lora")
     router = Router(tuned)
     router.gates = torch.ones(2, 2)
     with pytest.raises(WorkError, match="3 rows where the batch has 2"):

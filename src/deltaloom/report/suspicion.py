@@ -68,7 +68,7 @@ def _suspicion(report: Report, step: Step) -> Suspicion:
     counts, problem = [[0, 0] for _ in range(BINS)], None
     try:
         scores = Features.open(step.folder / "scores").index["score"]
-        for value in filter(None.__ne__, map(number, scores)):
+        for value in (one for one in map(number, scores) if one is not None):
             place = min(BINS - 1, max(0, int(value * BINS)))
             counts[place][0 if value < 0.5 else 1] += 1
     except (InputError, KeyError, TypeError, ValueError) as error:
