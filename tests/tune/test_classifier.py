@@ -139,3 +139,15 @@ def test_a_base_without_a_head_is_not_measured(home, tmp_path):
         deltaloom.measure(
             "choice", base=base_of(home), tasks=home / "asked.jsonl", out=tmp_path / "measured"
         )
+
+
+@pytest.mark.parametrize(
+    ("verb", "method", "inputs"),
+    [("measure", "loss", {"tasks": "asked.jsonl"}), ("select", "less", {"pool": "rows.jsonl"})],
+)
+def test_methods_of_causal_models_refuse_a_classifier(home, tmp_path, verb, method, inputs):
+    if verb == "select":
+        inputs = {**inputs, "target": "asked.jsonl"}
+    named = {key: home / name for key, name in inputs.items()}
+    with pytest.raises(InputError, match=f"{verb} {method} does not work on sequence classifiers"):
+        getattr(deltaloom, verb)(method, base=base_of(home), out=tmp_path / "out", **named)

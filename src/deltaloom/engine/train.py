@@ -26,6 +26,7 @@ from deltaloom.core.method import Evaluation
 from deltaloom.core.progress import progress, say
 from deltaloom.core.run import Run
 from deltaloom.engine.meter import count_training
+from deltaloom.engine.objective import BeforeEpoch, Objective
 
 WHOLE = "whole.json"
 """Marker written last into a checkpoint: without it the checkpoint was interrupted."""
@@ -60,28 +61,6 @@ class Fitted:
     steps: int
     best: dict[str, float] | None = None
     checkpoints: list[Path] = field(default_factory=list)
-
-
-class Objective:
-    """What a method adds to training by gradient, batch by batch. Does nothing by itself."""
-
-    def begin_training(self, rows: Sequence[Encoded], pad_id: int) -> None:
-        """Called once, with all rows."""
-
-    def begin_epoch(self, model: Any, epoch: int, step: int, resumed: bool) -> None:
-        """Called before an epoch (from 0), after `step` optimizer steps; `resumed` when an
-        earlier process has done a part of it."""
-
-    def begin_batch(self, rows: torch.Tensor) -> None:
-        """Called before the forward pass on the rows of these numbers, (b,)."""
-
-    def added_loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, items: Any
-    ) -> torch.Tensor | None:
-        """A term to add to the loss, which is a sum over the batch divided by `items`."""
-
-    def end_batch(self) -> None:
-        """Called after the backward pass."""
 
 
 def fit(
@@ -129,7 +108,7 @@ def fit(
         }
         objective.begin_training(rows, pad_id)
         trainer.objective = objective
-        trainer.add_callback(_BeforeEpoch(objective, batches))
+        trainer.add_callback(BeforeEpoch(objective, batches))
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(_Ledger(run, settings, total, _step_of(last)))
     watcher = None
@@ -281,15 +260,6 @@ class _AfterEpoch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.call(self.trainer, round(state.epoch))
-
-
-class _BeforeEpoch(TrainerCallback):
-    def __init__(self, objective: Objective, steps: int) -> None:
-        self.objective, self.steps = objective, steps
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch, done = divmod(state.global_step, self.steps)
-        self.objective.begin_epoch(kwargs["model"], epoch, state.global_step, done > 0)
 
 
 class _EarlyStop(TrainerCallback):

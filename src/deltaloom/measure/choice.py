@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 class Choice(Measurer):
     """Accuracy of the most probable choice."""
 
+    classifiers = True
+
     normalise: Literal["none", "tokens", "bytes"] = "none"
     """What a choice's log-likelihood is divided by, so that long ones are not at a disadvantage.
     None is lm-eval's `acc`."""

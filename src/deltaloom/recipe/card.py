@@ -36,7 +36,7 @@ def write_card(
         "",
         f"# {settings['name']}",
         "",
-        f"A {'LoRA adapter for' if adapter else 'model made from'} `{about['base']}` "
+        f"A {'PEFT adapter for' if adapter else 'model made from'} `{about['base']}` "
         f"(weights `{about['fingerprint']}`) by `deltaloom {verb} {settings['method']}`.",
         "",
         *_data(about.get("sources")),

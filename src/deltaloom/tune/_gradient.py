@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
-    from deltaloom.engine.train import Objective, TrainSettings
+    from deltaloom.engine.objective import Objective
+    from deltaloom.engine.train import TrainSettings
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

@@ -27,8 +27,9 @@ from deltaloom.engine.forward import (
 )
 from deltaloom.engine.meter import count_forward
 from deltaloom.engine.mixture import lower_component
+from deltaloom.engine.objective import Objective
 from deltaloom.engine.routing import Router, draw
-from deltaloom.engine.train import Objective, collate
+from deltaloom.engine.train import collate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -51,6 +51,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Clear(GradientTuner):
     """CleaR; the result is a PEFT adapter folder with every row's probability of a right label."""
 
+    classifiers = True
+
     adapter: Literal["lora", "bottleneck", "prefix"] = "lora"
     """Kind of the modules; all three are the paper's."""
     rule: Literal["bypass", "drop"] = "bypass"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class Full(GradientTuner):
     """Full fine-tuning; the result is a whole model folder."""
 
+    classifiers = True
+
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate (Alpaca: 2e-5)."""
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class Lora(GradientTuner):
     """LoRA; the result is a PEFT adapter folder."""
 
+    classifiers = True
+
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate (QLoRA, table 9: 2e-4)."""
     r: Annotated[int, Field(ge=1)] = 8
