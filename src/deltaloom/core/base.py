@@ -150,6 +150,8 @@ class Base(Spec):
         self._check_model()
         device = self.resolved_device()
         kind = AutoModelForSequenceClassification if self.labels else AutoModelForCausalLM
+        # A head of another number of classes is a RuntimeError.
+        unfit = (OSError, ValueError, KeyError, *([RuntimeError] if self.labels else []))
         try:
             loaded: Any = kind.from_pretrained(
                 self.folder,
@@ -159,7 +161,7 @@ class Base(Spec):
                 output_loading_info=True,
                 **self._classes(),
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except unfit as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.folder}: the model does not load ({first})") from None
         model, found = loaded

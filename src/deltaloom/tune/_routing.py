@@ -172,7 +172,9 @@ class CleanRouting(Objective):
                 logits, labels = self._ensemble(model, inputs, [one[numbers] for one in passes])
                 every = cross_entropy(logits, labels, reduction="none").double().cpu()
                 losses[numbers] = self._means(every, numbers)
-                found, shares = targets_of(logits, self.how.temperature, self.how.outcomes)
+                # Classes are few; only tokens are told apart in part.
+                most = logits.shape[1] if self.rows[0].label is not None else self.how.outcomes
+                found, shares = targets_of(logits, self.how.temperature, most)
                 places.append(self._places(numbers))
                 ids.append(found.int().cpu())
                 targets.append(shares.cpu())
