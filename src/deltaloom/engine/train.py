@@ -181,7 +181,8 @@ class _Trainer(Trainer):
             loss = cross_entropy(outputs.logits.float(), labels, reduction="sum")
             loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         else:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = found
         if self.objective is not None:
             added = self.objective.added_loss(outputs.logits, labels, rows, num_items_in_batch)
             loss = loss if added is None else loss + added

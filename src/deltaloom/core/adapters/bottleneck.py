@@ -109,7 +109,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         total = result
         for name in self.active_adapters:
             if name in self.bottleneck_up:
-                down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+                down: Any = self.bottleneck_down[name]
+                up: Any = self.bottleneck_up[name]
                 states = self._cast_input_dtype(result, down.weight.dtype)
                 total = total + up(nn.functional.gelu(down(states))).to(result.dtype)
         return total
@@ -131,18 +132,18 @@ class BottleneckModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        config: BottleneckConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, config)
+            target.update_layer(adapter_name, peft_config)
             return
-        module = BottleneckLayer(target, adapter_name, config)
+        module = BottleneckLayer(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
