@@ -1,6 +1,9 @@
 """CleaR under injected label noise, beside plain LoRA, full tuning, dropping and the clean rows.
 
     python bench/claims/clear.py [--quick] [--seeds N] [--only SEED] [--noise NAME ...] [--work DIR]
+    python bench/claims/clear.py --done --work DIR
+
+The second form tells what a folder holds, while seeds may still be running side by side in it.
 
 The lab's pretrained model (0.9M parameters) learns to name the town where a person was born, ten
 classes, from questions about people it knows from pretraining; it is asked about others. Labels of
@@ -117,7 +120,7 @@ class Setting:
     def tuned(self, arm: str, data: Path | None = None, name: str | None = None) -> Path:
         """The folder of an arm's run, made now or before."""
         method, settings = ARMS[arm]
-        out = self.home / (name or arm).replace(" ", "-")
+        out = self.home / folder_of(name or arm)
         deltaloom.tune(
             method, base=self.base, data=data or self.data(arm), out=out, seed=self.seed, **settings
         )
@@ -166,6 +169,11 @@ class Setting:
             scores = np.array(Features.open(out / "scores").index["score"])
             result["auc"] = auc(scores, np.array(self.wrong))
         return result
+
+
+def folder_of(name: str) -> str:
+    """A name without what shells dislike."""
+    return name.replace(" ", "-").replace("%", "percent")
 
 
 def chances(folder: Path, base: Path, rows: list[Row]) -> np.ndarray:
@@ -259,6 +267,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds (5, quick 1)")
     parser.add_argument("--only", type=int, help="run this seed and print nothing")
     parser.add_argument("--noise", nargs="*", choices=NOISES, help="noises to run (all)")
+    parser.add_argument("--done", action="store_true", help="tell what --work holds, run nothing")
     parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -276,9 +285,12 @@ def main() -> None:
         for arm in arms:
             if arm == "oracle" and noise == "none":
                 continue  # it is LoRA
-            for seed in seeds:
+            places = [home / f"seed{seed}" / folder_of(noise) for seed in seeds]
+            ended = [(one / f"{folder_of(arm)}-measured/recipe.yaml").exists() for one in places]
+            if options.done and not all(ended):
+                continue
+            for seed, place in zip(seeds, places, strict=True):
                 base = write_lab(home / f"lab-{seed}", seed, size="small")["base"]
-                place = home / f"seed{seed}" / noise.replace(" ", "-").replace("%", "percent")
                 setting = Setting(place, base, seed, noise, quick)
                 found.setdefault(noise, {}).setdefault(arm, []).append(setting.reached(arm))
     if options.only is not None:
