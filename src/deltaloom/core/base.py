@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.spec import Spec
@@ -22,7 +22,7 @@ SAMPLES = 64
 
 
 class Base(Spec):
-    """A pretrained causal language model."""
+    """A pretrained causal language model, or with `labels` a sequence classifier."""
 
     model: str
     """Hub id or local folder."""
@@ -35,6 +35,9 @@ class Base(Spec):
     device map over all GPUs."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Names of the classes of a sequence classifier, in the order of its outputs; a row's answer is
+    one of them. None is a causal language model."""
 
     @property
     def folder(self) -> Path:
@@ -150,37 +153,60 @@ class Base(Spec):
         tokenizer.padding_side = "right"
         return tokenizer
 
-    def load(self, dtype: str | None = None) -> PreTrainedModel:
+    def load(self, dtype: str | None = None, *, new_head: bool = False) -> PreTrainedModel:
         """The model in evaluation mode, on its device.
 
-        `dtype` overrides the Base's. Raises InputError for a folder that is no whole model.
+        `dtype` overrides the Base's. With `new_head` a classifier's head that the weights lack is
+        made at random, for tuning or for an adapter that brings it. Raises InputError for a folder
+        that is no whole model.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         self._check_model()
         device = self.resolved_device()
+        kind = AutoModelForSequenceClassification if self.labels else AutoModelForCausalLM
+        # A head of another number of classes is a RuntimeError.
+        unfit = (OSError, ValueError, KeyError, *([RuntimeError] if self.labels else []))
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype,
                 device_map="balanced" if device == "balanced" else None,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **self._classes(),
             )
-        except (OSError, ValueError, KeyError) as error:
+        except unfit as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.folder}: the model does not load ({first})") from None
         model, found = loaded
-        if found["missing_keys"]:
+        missing = [*found["missing_keys"]]
+        if new_head and self.labels:
+            missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+        if missing:
             # transformers would fill them with random numbers and go on.
             raise InputError(
-                f"{self.folder}: the weights lack {min(found['missing_keys'])} "
-                f"({len(found['missing_keys'])} tensors in all), so this is no whole "
-                f"{type(model).__name__}; copy or download the model again"
+                f"{self.folder}: the weights lack {min(missing)} "
+                f"({len(missing)} tensors in all), so this is no whole "
+                f"{type(model).__name__}; "
+                + ("tune it first" if self.labels else "copy or download the model again")
             )
         if device != "balanced":
             model.to(device)  # pyright: ignore[reportArgumentType]
         return model.eval()
+
+    def _classes(self) -> dict[str, Any]:
+        """What a classifier's config must say."""
+        if not self.labels:
+            return {}
+        # Classifiers of decoders look for the last token that is no padding.
+        padding = self.config().get("pad_token_id")
+        return {
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+            "pad_token_id": self.tokenizer().pad_token_id if padding is None else padding,
+        }
 
     def resolved_device(self) -> str:
         """The device name, with auto decided."""

@@ -31,6 +31,7 @@ class Kind(NamedTuple):
 
 
 ADAPTERS = {
+    "DELTALOOM_BOTTLENECK": Kind("bottleneck:Bottleneck", "bottleneck"),
     "DELTALOOM_ROUTED": Kind("routed:Routed", "routed"),
     "PREFIX_TUNING": Kind("prompt:Prompt", "prefix"),
     "PROMPT_TUNING": Kind("prompt:Prompt", "soft prompt"),

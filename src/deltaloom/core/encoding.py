@@ -33,6 +33,8 @@ class Encoded:
     response_mask: list[int]
     """1 where the token is to be learned or scored."""
     truncated: bool = False
+    label: int | None = None
+    """Number of the row's class, for a sequence classifier; no token is scored then."""
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
@@ -48,6 +50,36 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list
             f"max_length = {max_length}: must be at least 2, a prompt token and a response token"
         )
     return [_checked(example, tokenizer, max_length) for example in examples]
+
+
+def encode_labelled(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, labels: Sequence[str]
+) -> list[Encoded]:
+    """Encode every row for a sequence classifier: its prompt, and its answer as a class.
+
+    Spaces around an answer do not count. Raises InputError for a row whose answer is none of
+    `labels`, and for one without a prompt.
+    """
+    numbers = {label.strip(): number for number, label in enumerate(labels)}
+    return [_labelled(example, tokenizer, max_length, numbers) for example in examples]
+
+
+def _labelled(
+    example: Example, tokenizer: Any, max_length: int, numbers: dict[str, int]
+) -> Encoded:
+    answer = (example.response or "").strip()
+    if answer not in numbers:
+        raise InputError(
+            f"{example.where}: the answer {answer!r} is none of the base's labels "
+            f"({', '.join(numbers)}); add it to labels or mend the row"
+        )
+    if not (example.prompt or "").strip():
+        raise InputError(f"{example.where}: has no 'prompt' to classify")
+    ids = tokenizer(example.prompt)["input_ids"]
+    if len(ids) > max_length:
+        ids = tokenizer(example.prompt, truncation=True, max_length=max_length)["input_ids"]
+        return Encoded(example.id, ids, [0] * len(ids), True, numbers[answer])
+    return Encoded(example.id, ids, [0] * len(ids), False, numbers[answer])
 
 
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:

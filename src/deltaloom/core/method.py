@@ -99,6 +99,8 @@ class Method(Spec):
     """Inputs of the verb that this method cannot do without."""
     uses: ClassVar[frozenset[str]] = frozenset()
     """Inputs that it can do without; a merge step refuses inputs that its method never looks at."""
+    classifiers: ClassVar[bool] = False
+    """Whether the base may be a sequence classifier (a Base with `labels`)."""
 
     @abstractmethod
     def work(self, sizes: Sizes) -> Work:

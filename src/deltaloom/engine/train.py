@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from deltaloom.core.atomic import write_json
@@ -25,6 +26,7 @@ from deltaloom.core.method import Evaluation
 from deltaloom.core.progress import progress, say
 from deltaloom.core.run import Run
 from deltaloom.engine.meter import count_training
+from deltaloom.engine.objective import BeforeEpoch, Objective
 
 WHOLE = "whole.json"
 """Marker written last into a checkpoint: without it the checkpoint was interrupted."""
@@ -72,10 +74,12 @@ def fit(
     evaluation: Evaluation | None = None,
     folder: str = "checkpoints",
     after_epoch: Callable[[Trainer, int], None] | None = None,
+    objective: Objective | None = None,
 ) -> Fitted:
     """Train `model` in place on `rows`; resumes from `run.work / folder` when it holds work.
 
-    `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written.
+    `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written;
+    `objective` adds to the loss.
     Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
     """
     set_seed(run.seed)
@@ -93,6 +97,18 @@ def fit(
         data_collator=lambda batch: collate(batch, pad_id),
     )
     trainer.last_whole = last
+    if any(row.label is not None for row in rows):
+        # The loss of `_Trainer` is, whatever the classifier's own takes.
+        trainer.model_accepts_loss_kwargs = True
+    if objective is not None:
+        numbers = {row.id: number for number, row in enumerate(rows)}
+        trainer.data_collator = lambda batch: {
+            **collate(batch, pad_id),
+            "rows": torch.tensor([numbers[row.id] for row in batch]),
+        }
+        objective.begin_training(rows, pad_id)
+        trainer.objective = objective
+        trainer.add_callback(BeforeEpoch(objective, batches))
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(_Ledger(run, settings, total, _step_of(last)))
     watcher = None
@@ -110,7 +126,10 @@ def fit(
 
 
 def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad a batch on the right; labels are -100 wherever the response mask is 0. All (b, T)."""
+    """Pad a batch on the right; labels are -100 wherever the response mask is 0. All (b, T).
+
+    Rows of a sequence classifier have their classes as labels, (b,).
+    """
     width = max(len(row.input_ids) for row in batch)
     ids = torch.full((len(batch), width), pad_id)
     attention = torch.zeros((len(batch), width), dtype=torch.long)
@@ -121,6 +140,9 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         ids[i, :length] = own
         attention[i, :length] = 1
         labels[i, :length] = own.masked_fill(torch.tensor(row.response_mask) == 0, -100)
+    classes = [row.label for row in batch if row.label is not None]
+    if classes:
+        labels = torch.tensor(classes)
     return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
@@ -139,9 +161,37 @@ class _Trainer(Trainer):
     """Stops at a loss that is not finite; leaves no half-written checkpoint."""
 
     last_whole: Path | None = None
+    objective: Objective | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        rows = inputs.pop("rows", None)
+        if self.objective is not None:
+            self.objective.begin_batch(rows)
+        labels = inputs["labels"]
+        if labels.dim() == 1:
+            # Classifiers of transformers divide by the batch's rows, whatever they are told.
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**inputs)
+            loss = cross_entropy(outputs.logits.float(), labels, reduction="sum")
+            loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        else:
+            found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = found
+        if self.objective is not None:
+            added = self.objective.added_loss(outputs.logits, labels, rows, num_items_in_batch)
+            loss = loss if added is None else loss + added
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.objective is not None:
+            self.objective.end_batch()
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
             raise WorkError(

@@ -7,7 +7,9 @@ Formula: the prediction is `argmax_c sum_t log p(c_t | prompt, c_<t) / n_c` with
 lm-eval's `acc`), the choice's tokens (`tokens`), or the UTF-8 bytes of its text without the
 delimiter (`bytes`, lm-eval's `acc_bytes`; its `acc_norm` divides by characters, which is the same
 in ASCII). Ties go to the lowest index. An item is 1 where the predicted text is the answer.
-Rows come in clusters when all have a `cluster` (at least two, fewer than rows).
+Rows come in clusters when all have a `cluster` (at least two, fewer than rows). A base with
+`labels` is a sequence classifier: its prediction is the choice with the largest output, and
+`normalise` and `delimiter` change nothing.
 
 Differs: a prompt that is too long is cut once per row, so that all its choices follow the same
 text (lm-eval cuts per choice); `truncated_rows` of the run's notes counts them. A token across
@@ -22,16 +24,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from pydantic import Field
 
-from deltaloom.core.encoding import encode_continuation, encode_prompt
+from deltaloom.core.encoding import encode_continuation, encode_labelled, encode_prompt
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.run import Run
+from deltaloom.measure._classes import class_logits, classes_of
 from deltaloom.measure._items import (
     clusters_of,
     length_limit,
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
 @final
 class Choice(Measurer):
     """Accuracy of the most probable choice."""
+
+    classifiers = True
 
     normalise: Literal["none", "tokens", "bytes"] = "none"
     """What a choice's log-likelihood is divided by, so that long ones are not at a disadvantage.
@@ -74,6 +80,9 @@ class Choice(Measurer):
         """
         require_rows(data, "choice")
         limit = length_limit(self.max_length, model)
+        labels = classes_of(model)
+        if labels is not None:
+            return self._classified(labels, model, tokenizer, data, limit, run)
         questions = [_question(example) for example in data]
         rows = [
             self._sequences(example, choices, tokenizer, limit)
@@ -96,6 +105,31 @@ class Choice(Measurer):
         return Estimate.from_items(
             items, metric=f"accuracy{suffix}", clusters=clusters_of(data), cost=cost
         )
+
+    def _classified(
+        self, labels: list[str], model: Any, tokenizer: Any, data: Examples, limit: int, run: Run
+    ) -> Estimate:
+        """As `measure`, by the outputs of a sequence classifier."""
+        rows = [
+            replace(example, completion=answer)
+            for example, (_, answer) in ((one, _question(one)) for one in data)
+        ]
+        encoded = encode_labelled(rows, tokenizer, limit, labels)
+        logits, cost = class_logits(model, tokenizer, encoded, run)
+        numbers = {label.strip(): k for k, label in enumerate(labels)}
+        items: dict[str, float] = {}
+        for example, found in zip(rows, logits, strict=True):
+            require_finite(found, example)
+            offered = [choice.strip() for choice in example.choices or ()]
+            unknown = [choice for choice in offered if choice not in numbers]
+            if unknown:
+                raise InputError(
+                    f"{example.where}: choice {unknown[0]!r} is none of the base's labels"
+                )
+            best = max(offered, key=lambda choice: found[numbers[choice]])  # the first of equals
+            items[example.id] = float(best == (example.completion or "").strip())
+        note(run, truncated_rows=sum(row.truncated for row in encoded))
+        return Estimate.from_items(items, metric="accuracy", clusters=clusters_of(data), cost=cost)
 
     def _sequences(
         self, example: Example, texts: Sequence[str], tokenizer: Any, limit: int

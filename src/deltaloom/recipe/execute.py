@@ -173,6 +173,11 @@ def _evaluation(step: TuneStep, inputs: Inputs) -> Evaluation | None:
     if step.evaluate is None:
         return None
     method = get("measure", step.evaluate.method).make(step.evaluate.settings)
+    if inputs.base is not None and inputs.base.labels and not method.classifiers:
+        raise InputError(
+            f"{step.name}: evaluate.method = {step.evaluate.method} does not work on sequence "
+            "classifiers; measure with evaluate.method=choice"
+        )
     data = Examples.read([inputs.folder(name) for name in step.evaluate.data])
     return Evaluation(method, data, step.evaluate.every)
 

@@ -179,19 +179,28 @@ def model_shape(base: Base) -> dict[str, int]:
     """Parameter counts from the config alone, on the meta device."""
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
     config = AutoConfig.from_pretrained(
         base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        if base.labels:
+            config.num_labels = len(base.labels)
+            model = AutoModelForSequenceClassification.from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     parameters = sum(p.numel() for p in model.parameters())
     width = torch.empty(0, dtype=getattr(config, "dtype", None) or torch.float32).element_size()
     return {
-        "matmul_parameters": sum(m.weight.numel() for m in linear) + head.weight.numel(),
+        "matmul_parameters": sum(m.weight.numel() for m in linear)
+        + (0 if head is None else head.weight.numel()),
         "parameters": parameters,
         "linear_sides": sum(m.in_features + m.out_features for m in linear),
         "weight_bytes": parameters * width,

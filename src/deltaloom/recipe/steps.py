@@ -190,6 +190,11 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
         _refuse_unused(step, method, f"{where}: {entry.name}")
     if verb != "select" and step.base is None:
         raise InputError(f"{where}: base= is missing{_help(cls, 'base')}")
+    if step.base is not None and step.base.labels and not method.classifiers:
+        raise InputError(
+            f"{where}: {verb} {entry.name} does not work on sequence classifiers; "
+            "leave out base.labels or choose another method"
+        )
     return Planned(_absolute(step), method)
 
 

@@ -14,7 +14,17 @@ from markupsafe import Markup
 
 from deltaloom.core.atomic import write_text
 from deltaloom.core.errors import InputError
-from deltaloom.report import cost, headline, numbers, provenance, quality, selection, svg, training
+from deltaloom.report import (
+    cost,
+    headline,
+    numbers,
+    provenance,
+    quality,
+    selection,
+    suspicion,
+    svg,
+    training,
+)
 from deltaloom.report.reading import STATUS, Report, read_runs
 
 HERE = Path(__file__).parent
@@ -60,6 +70,7 @@ def render(report: Report) -> str:
         ledger=cost.ledger(report),
         training=_training(report),
         selections=[_selection(one, largest) for one in chosen],
+        suspicions=[_suspicion(one) for one in suspicion.suspicions(report)],
         inputs=provenance.inputs(report),
         versions=provenance.versions(report),
         replays=provenance.replays(report),
@@ -208,3 +219,10 @@ def _selection(one: selection.Selection, largest: float | None) -> dict[str, Any
         ]
         sources = svg.bars(bars, f"Share of each source before and after {one.label}", largest)
     return {"of": one, "chart": chart, "sources": sources}
+
+
+def _suspicion(one: suspicion.Suspicion) -> dict[str, Any]:
+    alt = f"Probability of a right label of {one.rows} rows, {one.below} below one half"
+    parts = ("more likely wrong", "more likely right")
+    chart = svg.histogram(one.counts, one.edges, 0.5, alt, "probability of a right label", parts)
+    return {"of": one, "chart": chart if one.rows else None}

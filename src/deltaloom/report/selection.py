@@ -94,7 +94,7 @@ def _selection(report: Report, step: Step) -> Selection:
         ids.add(str(raw.get("id")))
         sources[str(raw.get("source"))] += 1
         if rank <= SHOWN:
-            rows.append(_chosen(rank, raw))
+            rows.append(shown_row(rank, raw))
     scores = None
     if (step.folder / "scores").exists():
         try:
@@ -122,7 +122,8 @@ def _counts(value: Any) -> Counter[str]:
     return Counter({str(name): n for name, n in found if isinstance(n, int) and n > 0})
 
 
-def _chosen(rank: int, raw: dict[str, Any]) -> Chosen:
+def shown_row(rank: int, raw: dict[str, Any]) -> Chosen:
+    """One line of a JSONL file of rows, as its table shows it."""
     score, reason = raw.get("score"), raw.get("reason")
     rest = {key: value for key, value in raw.items() if key not in ("score", "reason")}
     try:

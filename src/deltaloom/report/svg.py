@@ -192,16 +192,17 @@ def histogram(
     limit: float | None,
     name: str,
     x_name: str,
+    parts: tuple[str, str] = ("chosen", "not"),
     height: int = 180,
 ) -> Markup:
-    """Stacked counts (chosen, others) per bin of `edges`; `limit` is a vertical line."""
+    """Stacked counts of two parts per bin of `edges`; `limit` is a vertical line."""
     across = Scale(edges[0], edges[-1])
     most = max(chosen + rest for chosen, rest in counts) or 1
     up = Scale(0.0, most * 1.08)
     body = [grid_y(up, height), grid_x(across, height, tick)]
     for (chosen, rest), low, high in zip(counts, edges, edges[1:], strict=False):
         x, wide = across(low), across(high) - across(low)
-        title = escape(f"{tick(low)} to {tick(high)}: {chosen} chosen, {rest} not")
+        title = escape(f"{tick(low)} to {tick(high)}: {chosen} {parts[0]}, {rest} {parts[1]}")
         foot = height * (1 - up(chosen) / 100)
         top = height * (1 - up(chosen + rest) / 100)
         body.append(

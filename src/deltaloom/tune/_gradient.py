@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
+    from deltaloom.engine.objective import Objective
     from deltaloom.engine.train import TrainSettings
 
 Positive = Annotated[float, Field(gt=0)]
@@ -73,11 +74,14 @@ def rows_for(
     base: Base, tokenizer: Any, data: Examples, max_length: int | None, run: Run
 ) -> list[Any]:
     """Encode `data` for `base`; counts of rows, tokens and truncations go to the run's notes."""
-    from deltaloom.core.encoding import encode
+    from deltaloom.core.encoding import encode, encode_labelled
     from deltaloom.core.progress import say
 
     limit = min(max_length or base.max_length, base.max_length)
-    rows = encode(data, tokenizer, limit)
+    if base.labels:
+        rows = encode_labelled(data, tokenizer, limit, base.labels)
+    else:
+        rows = encode(data, tokenizer, limit)
     cut = sum(row.truncated for row in rows)
     run.note(
         rows=len(rows),
@@ -99,6 +103,7 @@ def train(
     method: GradientSettings,
     settings: TrainSettings,
     evaluation: Evaluation | None,
+    objective: Objective | None = None,
 ) -> Any:
     """Encode, fit and record; returns the trained model."""
     from deltaloom.engine.train import fit
@@ -115,6 +120,7 @@ def train(
         run,
         tokenizer=tokenizer,
         evaluation=evaluation,
+        objective=objective,
     )
     run.note(steps=fitted.steps)
     if fitted.best is not None:

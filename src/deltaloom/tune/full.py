@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class Full(GradientTuner):
     """Full fine-tuning; the result is a whole model folder."""
 
+    classifiers = True
+
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate (Alpaca: 2e-5)."""
 
@@ -47,8 +49,10 @@ class Full(GradientTuner):
     ) -> Delta:
         """Tune `base`; writes a model folder to `run.folder` and returns its dense Delta."""
         import torch
+        from transformers import set_seed
 
-        model = base.load(dtype="float32")
+        set_seed(run.seed)  # decides a classifier's new head
+        model = base.load(dtype="float32", new_head=True)
         model.train()
         model = train(model, base, data, run, self, self.train_settings(self.lr), evaluation)
         stored = base.config().get("dtype") or base.config().get("torch_dtype") or "float32"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class Lora(GradientTuner):
     """LoRA; the result is a PEFT adapter folder."""
 
+    classifiers = True
+
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate (QLoRA, table 9: 2e-4)."""
     r: Annotated[int, Field(ge=1)] = 8
@@ -77,14 +79,14 @@ class Lora(GradientTuner):
 
         set_seed(seed)
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if base.labels else "CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             target_modules=self.modules or "all-linear",
         )
-        model = base.load()
+        model = base.load(new_head=True)
         try:
             model = get_peft_model(model, config)
         except ValueError as error:

@@ -6,6 +6,7 @@ the base's rows, all are written as DoRA; the others get the magnitudes that lea
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "base_model.model."
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Write an adapter folder's config and weights into `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != folder.resolve():
+        for name in (WEIGHTS, CONFIG):
+            with new_file(folder / name) as temporary:
+                shutil.copyfile(source / name, temporary)
 
 
 def write_adapter(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from deltaloom.core.atomic import new_file
 from deltaloom.core.base import Base
 from deltaloom.core.delta import Delta, describe
+from deltaloom.core.deltas._reading import WholeChange
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import TensorFolder
 
@@ -113,9 +114,13 @@ class Dense(Delta):
     def from_model(cls, folder: Path, base: Base) -> Dense:
         """The delta that turns `base` into the model in `folder`.
 
-        Raises InputError when their tensors differ in name or shape.
+        Raises InputError when their tensors differ in name or shape. A sequence classifier has a
+        head that its base may lack, which counts from zero, and its name before the base's names.
         """
         tuned, own = TensorFolder(folder), TensorFolder(base.folder)
+        if base.labels:
+            keys = {name: name for name, entry in tuned.items() if "F" in entry.dtype}
+            return cls(base, ((1.0, WholeChange(tuned, keys, own)),), folder)
         change = ModelChange(tuned, own, _twins(tuned, own, base))
         for name in change.names():
             if name not in own:

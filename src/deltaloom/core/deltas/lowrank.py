@@ -190,7 +190,7 @@ class LowRank(Delta):
         """
         from peft import PeftModel
 
-        model = base.load()
+        model = base.load(new_head=True)
         state = model.state_dict()
         for name in self.rest.names():
             # a bias beside B is PEFT's alone

@@ -91,7 +91,7 @@ class Prompt(Delta):
             folder = self.folder or Path(scratch)
             if self.folder is None:
                 self._write(folder)
-            return PeftModel.from_pretrained(base.load(), folder).eval()  # pyright: ignore
+            return PeftModel.from_pretrained(base.load(new_head=True), folder).eval()  # pyright: ignore
 
     def _write(self, folder: Path) -> None:
         from safetensors.torch import save_file

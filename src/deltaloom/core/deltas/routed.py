@@ -7,14 +7,13 @@ on the input, so there is no dense change, no sum, no multiple and no inner prod
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaloom.core.atomic import new_file
 from deltaloom.core.base import Base
 from deltaloom.core.delta import Delta, describe
-from deltaloom.core.deltas._reading import CONFIG, WEIGHTS, known_as
+from deltaloom.core.deltas._reading import WEIGHTS, known_as
+from deltaloom.core.deltas._writing import copy_adapter
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import TensorFolder
 
@@ -81,11 +80,7 @@ class Routed(Delta):
 
     def save(self, folder: Path) -> None:
         """Copy the adapter folder's config and weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.folder.resolve() != folder.resolve():
-            for name in (WEIGHTS, CONFIG):
-                with new_file(folder / name) as temporary:
-                    shutil.copyfile(self.folder / name, temporary)
+        copy_adapter(self.folder, folder)
         describe(folder, self.kind, self.base)
 
     def apply(self, base: Base) -> PreTrainedModel:
