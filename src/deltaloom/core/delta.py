@@ -117,7 +117,7 @@ def load(name: str | Path, base: Base) -> Delta:
     """
     from deltaloom.core.deltas.dense import Dense
     from deltaloom.core.deltas.lowrank import LowRank
-    from deltaloom.core.deltas.sparse import Sparse
+    from deltaloom.core.deltas.sparse import Sparse, is_sparse
 
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
     about = _about(folder)
@@ -127,10 +127,10 @@ def load(name: str | Path, base: Base) -> Delta:
             f"{folder}: is a delta over {about['base'].get('model')} ({recorded}), not over "
             f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
         )
+    if is_sparse(folder):
+        return Sparse.load(folder, base)
     if (folder / "adapter_config.json").exists():
         return LowRank.load(folder, base)
-    if (folder / "sparse.safetensors").exists():
-        return Sparse.load(folder, base)
     if (folder / "delta.safetensors").exists():
         return Dense.load(folder, base)
     if (folder / "config.json").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deltaloom.core.deltas.sparse import is_sparse
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.features import Features
@@ -40,16 +41,14 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _weights(path: Path, is_run: bool) -> dict[str, Any]:
+    if is_sparse(path):
+        return {"kind": "sparse adapter", "modules": len(TensorFolder(path)) // 2}
     if (path / "adapter_config.json").exists():
         from deltaloom.core.deltas.lowrank import read_factors
 
         return {"kind": "adapter", "modules": len(read_factors(path))}
-    for stored, kind in (
-        ("delta.safetensors", "dense delta"),
-        ("sparse.safetensors", "sparse delta"),
-    ):
-        if (path / stored).exists():
-            return {"kind": kind, "tensors": len(TensorFolder(path / stored))}
+    if (path / "delta.safetensors").exists():
+        return {"kind": "dense delta", "tensors": len(TensorFolder(path / "delta.safetensors"))}
     if (path / "config.json").exists():
         tensors = TensorFolder(path)
         return {"kind": "model", "tensors": len(tensors), "bytes": tensors.nbytes}

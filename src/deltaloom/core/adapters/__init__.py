@@ -1,0 +1,1 @@
+"""Adapter kinds that PEFT does not bring, registered with it."""
