@@ -94,8 +94,9 @@ def train(
     method: GradientTuner,
     settings: TrainSettings,
     evaluation: Evaluation | None,
+    **how: Any,
 ) -> Any:
-    """Encode, fit and record; returns the trained model."""
+    """Encode, fit (given `how`) and record; returns the trained model."""
     from deltaloom.engine.train import fit
 
     tokenizer = base.tokenizer()
@@ -110,6 +111,7 @@ def train(
         run,
         tokenizer=tokenizer,
         evaluation=evaluation,
+        **how,
     )
     run.note(steps=fitted.steps)
     if fitted.best is not None:
