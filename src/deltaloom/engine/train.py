@@ -120,7 +120,9 @@ def fit(
     if after_epoch is not None:
         trainer.add_callback(_AfterEpoch(trainer, after_epoch))
     if evaluation is not None:
-        watcher = _EarlyStop(trainer, tokenizer, evaluation, run, settings.patience, batches, earlier)
+        watcher = _EarlyStop(
+            trainer, tokenizer, evaluation, run, settings.patience, batches, earlier
+        )
         trainer.add_callback(watcher)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if watcher is not None:

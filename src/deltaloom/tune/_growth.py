@@ -25,7 +25,9 @@ class Exchange(NamedTuple):
     """(m,) positions of these among the candidates that were offered."""
 
 
-def exchange(values: Tensor, indices: Tensor, count: int, offered: Tensor, scores: Tensor) -> Exchange:
+def exchange(
+    values: Tensor, indices: Tensor, count: int, offered: Tensor, scores: Tensor
+) -> Exchange:
     """Drop the `count` elements of least |value|, grow as many of the best-scored candidates.
 
     values and indices (n,); offered and scores (c,), each index once. Candidates that stay active

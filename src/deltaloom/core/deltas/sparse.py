@@ -80,9 +80,7 @@ class Sparse(Delta):
 
     kind = "sparse"
 
-    def __init__(
-        self, base: Base, elements: dict[str, Elements], task: str | None = None
-    ) -> None:
+    def __init__(self, base: Base, elements: dict[str, Elements], task: str | None = None) -> None:
         super().__init__(base)
         self.elements = elements
         self.task = task
