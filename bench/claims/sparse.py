@@ -34,8 +34,8 @@ MODEL = "models/stories260K"
 RANK, LENGTH, ROWS = 2, 128, 280
 """Rank whose parameters all have; tokens a row; rows tuned on."""
 SHARED: dict[str, Any] = {"epochs": 3, "batch_size": 8, "max_length": LENGTH}
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {"r": RANK, "alpha": 2 * RANK}),
     "SHiRA (PEFT)": ("shira", {}),
@@ -79,7 +79,8 @@ class Study:
     def write(self, name: str, rows: list[dict]) -> Path:
         path = self.work / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if not path.exists():
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
     def data(self, kind: str, seed: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ class AgedAdamW(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - b1)
                 square.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
                 p.mul_(1 - lr * group["weight_decay"])
-                root = (square / (1 - b2**age)).sqrt_().add_(group["eps"])
-                p.addcdiv_(mean / (1 - b1**age), root, value=-lr)
+                # 1 - b^age, which float32 would round where b^age is near one
+                first, second = (-torch.expm1(age * math.log(b)) for b in (b1, b2))
+                root = (square / second).sqrt_().add_(group["eps"])
+                p.addcdiv_(mean / first, root, value=-lr)
 
 
 class CoverSM3(torch.optim.Optimizer):
