@@ -66,7 +66,7 @@ class Stack(nn.Module):
 
 
 def adapted(model: nn.Module, kind: str) -> Any:
-    """`model` in PEFT, with as many tuned parameters as one percent of the adapted weights."""
+    """`model` in PEFT, with the parameters of the LoRA that is nearest to 1 % of the weights."""
     from peft import LoraConfig, ShiraConfig, get_peft_model
 
     from deltaloom.core.adapters.sparse import SparseConfig
@@ -76,11 +76,12 @@ def adapted(model: nn.Module, kind: str) -> Any:
         m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"
     ]
     weights = sum(weight.numel() for weight in linear)
-    rank = round(DENSITY * weights / sum(sum(weight.shape) for weight in linear))
+    sides = sum(sum(weight.shape) for weight in linear)
+    rank = round(DENSITY * weights / sides)
     config = {
         "LoRA": LoraConfig(r=rank, target_modules=names),
         "SHiRA": ShiraConfig(r=rank, target_modules=names, random_seed=0),
-        "sparse": SparseConfig(density=DENSITY, target_modules=names),
+        "sparse": SparseConfig(density=rank * sides / weights, target_modules=names),
     }[kind]
     return get_peft_model(model, config)
 
@@ -205,7 +206,7 @@ def steps(hidden: int, layers: int, tokens: int, repeats: int) -> list[dict]:
             spent = seconds(step)
             if turn:
                 times.setdefault(name, []).append(spent)
-        for name, own in spiels.items():
+        for name, own in spiels.items() if turn < 4 else ():
             own.selection({} if turn == 0 else parts[name])
     return report(times, parts, spiels, models, ids, f"Llama {layers} x {hidden}, {tokens} tokens")
 

@@ -34,8 +34,9 @@ MODEL = "models/stories260K"
 RANK, LENGTH, ROWS = 2, 128, 280
 """Rank whose parameters all have; tokens a row; rows tuned on."""
 SHARED: dict[str, Any] = {"epochs": 3, "batch_size": 8, "max_length": LENGTH}
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RATES, FULL_RATES = LADDER[3:7], LADDER[1:5]
+"""Learning rates tried first; the ladder is climbed on where the best is at an end."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {"r": RANK, "alpha": 2 * RANK}),
     "SHiRA (PEFT)": ("shira", {}),
@@ -147,6 +148,11 @@ class Study:
             kept.write_text(json.dumps(found))
         return found
 
+    def validation(self, name: str, lr: float, full_lr: float) -> float:
+        """The loss by which learning rates are chosen."""
+        folder = self.tuned(name, "fables", 99, lr, full_lr)
+        return self.losses(folder, ["validation"])["validation"]
+
 
 def shira(study: Study, out: Path, kind: str, seed: int, lr: float) -> None:
     """PEFT's SHiRA through the same training."""
@@ -222,15 +228,27 @@ def choose(study: Study) -> dict[str, float]:
     chosen: dict[str, float] = {}
     print("| method | validation loss by learning rate | chosen |\n|---|---|---|")
     for name in ("full", *(one for one in METHODS if one != "full")):
-        rates = FULL_RATES if name == "full" else RATES
-        found = {}
-        for lr in rates[1:2] if study.quick else rates:
-            folder = study.tuned(name, "fables", 99, lr, chosen.get("full", 0.0))
-            found[lr] = study.losses(folder, ["validation"])["validation"]
+        found = sweep(study, name, chosen.get("full", 0.0))
         chosen[name] = min(found, key=lambda lr: found[lr])
-        listed = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in found.items())
+        listed = ", ".join(f"{lr:g}: {found[lr]:.3f}" for lr in sorted(found))
         print(f"| {name} | {listed} | {chosen[name]:g} |", flush=True)
     return chosen
+
+
+def sweep(study: Study, name: str, full_lr: float) -> dict[float, float]:
+    """Validation loss by learning rate, on until the best lies between two others."""
+    rates = FULL_RATES if name == "full" else RATES
+    found: dict[float, float] = {}
+    for lr in rates[1:2] if study.quick else rates:
+        found[lr] = study.validation(name, lr, full_lr)
+    while not study.quick:
+        best, tried = min(found, key=lambda lr: found[lr]), sorted(found)
+        step = {tried[0]: -1, tried[-1]: 1}.get(best, 0)
+        place = LADDER.index(best) + step
+        if not step or not 0 <= place < len(LADDER):
+            break
+        found[LADDER[place]] = study.validation(name, LADDER[place], full_lr)
+    return found
 
 
 def fit(study: Study, chosen: dict[str, float], seeds: range) -> dict[str, dict[str, list[float]]]:
@@ -284,7 +302,7 @@ def compose(study: Study, chosen: dict[str, float], seeds: range) -> dict[str, d
             found[name]["overlap"] = [shared(study, *pair) for pair in pairs]
     for name in COMPOSED[:2]:
         print(f"\nOverlap of the supports of task and domain, {name}: "
-              f"{shown(found[name]['overlap'])} (elements of both over elements of either).")  # fmt: skip
+              f"{shown(found[name]['overlap'])} (of both over of either).")  # fmt: skip
     return found
 
 

@@ -56,7 +56,9 @@ def by_hand(base, *adapters):
     for adapter in adapters:
         for name, layer in sparse_layers(adapter).items():
             flat = weights[f"{name}.weight"].view(-1)
-            pairs = zip(layer.sparse_indices["default"], layer.sparse_values["default"], strict=True)
+            pairs = zip(
+                layer.sparse_indices["default"], layer.sparse_values["default"], strict=True
+            )
             for index, value in pairs:
                 flat[int(index)] += value.detach()
     return model
@@ -147,7 +149,7 @@ def test_threads_change_nothing_but_rounding(monkeypatch):
 def test_backward_saves_the_activations_and_the_elements_alone():
     layer = nn.Linear(64, 48)
     model = SparseLinear(layer.requires_grad_(False))
-    model.update_layer("default", 30, [0], True)
+    model.update_layer("default", 30, [0])
     x, saved = torch.randn(5, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(x).sum()
@@ -193,6 +195,7 @@ def test_peft_saves_and_loads_to_the_bit(llama, tmp_path, low):
         assert torch.equal(other.sparse_indices["default"], layer.sparse_indices["default"])
         assert torch.equal(other.sparse_values["default"], layer.sparse_values["default"])
     assert torch.equal(logits(again), wanted)
+    assert not any(p.requires_grad for p in again.parameters())
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {str(t.dtype) for t in stored.values()} == {"torch.int32", "torch.float32"}
 
@@ -299,10 +302,8 @@ def test_mixed_with_lora_trains_both(llama):
     mixed.set_adapter(["default", "lora"])
     ids = torch.tensor([[1, 4, 7, 9, 11]])
     mixed(input_ids=ids, labels=ids).loss.backward()
-    moved = {n.split(".")[-2] for n, p in mixed.named_parameters() if p.grad is not None}
-    assert {"default", "lora"} & moved
-    kinds = {kind for kind in ("sparse_values", "lora_A", "lora_B") for n, p in
-             mixed.named_parameters() if kind in n and p.grad is not None and p.grad.any()}  # fmt: skip
+    moved = [n for n, p in mixed.named_parameters() if p.grad is not None and p.grad.any()]
+    kinds = {kind for kind in ("sparse_values", "lora_A", "lora_B") for n in moved if kind in n}
     assert kinds == {"sparse_values", "lora_A", "lora_B"}
 
 
@@ -328,7 +329,7 @@ def test_values_stay_float32_and_whole_beside_a_bfloat16_base(llama, tmp_path):
     layer = nn.Linear(4, 1, bias=False).to(torch.bfloat16).requires_grad_(False)
     layer.weight.fill_(1.0)
     sparse = SparseLinear(layer)
-    sparse.update_layer("default", 1, [0], True)
+    sparse.update_layer("default", 1, [0])
     with torch.no_grad():
         sparse.sparse_values["default"].fill_(2.0**-12)
     x = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.bfloat16)
@@ -366,7 +367,9 @@ def test_the_adapter_folder_is_the_delta(llama, tmp_path):
     stored = [load_file(tmp_path / k / "adapter_model.safetensors") for k in ("peft", "ours")]
     assert stored[0].keys() == stored[1].keys()
     assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
-    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    assert (
+        json.loads((tmp_path / "ours/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    )
 
 
 def test_a_sum_of_sparse_deltas_is_an_adapter_too(llama, tmp_path):

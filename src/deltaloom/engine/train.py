@@ -92,7 +92,8 @@ def fit(
     """Train `model` in place on `rows`; resumes from `run.work / folder` when it holds work.
 
     `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written.
-    `earlier` is the number of steps that an earlier phase of the same run logged. Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
+    `earlier` is the number of steps that an earlier phase of the same run logged. Raises WorkError
+    when the loss stops being finite or a checkpoint cannot be written.
     """
     set_seed(run.seed)
     home = run.work / folder

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from deltaloom.core.atomic import write_text
+from deltaloom.core.deltas.sparse import is_sparse
 
 
 def write_card(
@@ -36,7 +37,7 @@ def write_card(
         "",
         f"# {settings['name']}",
         "",
-        f"A {'LoRA adapter for' if adapter else 'model made from'} `{about['base']}` "
+        f"A {_kind(folder) if adapter else 'model made from'} `{about['base']}` "
         f"(weights `{about['fingerprint']}`) by `deltaloom {verb} {settings['method']}`.",
         "",
         *_data(about.get("sources")),
@@ -49,6 +50,12 @@ def write_card(
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _kind(folder: Path) -> str:
+    if is_sparse(folder):
+        return "sparse adapter (`import deltaloom.core.adapters.sparse` before PEFT loads it) for"
+    return "LoRA adapter for"
 
 
 def _data(sources: dict[str, int] | None) -> list[str]:

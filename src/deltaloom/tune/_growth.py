@@ -47,7 +47,7 @@ def exchange(
 
 
 def largest_gradients(g: Tensor, x: Tensor, layout: Layout, count: int) -> Tensor:
-    """Flat indices (count,) of the weight's largest |gradient|; a strip of rows is dense at a time."""
+    """Flat indices (count,) of the weight's largest |gradient|; a strip is dense at a time."""
     strips = (
         (start * layout.columns, dense_gradient(*_rows(g, x, layout, start, stop), layout).abs())
         for start, stop in _cuts(layout)

@@ -116,7 +116,7 @@ class Reselection(Companion):
 
     @torch.no_grad()
     def _reselect(self, name: str, layer: SparseLinear, part: float) -> int:
-        values, indices = layer.sparse_values[ADAPTER], layer.sparse_indices[ADAPTER]
+        values, indices = layer.sparse_values[ADAPTER], layer.support(ADAPTER)
         count = math.floor(part * len(values))
         state = self._optimizer.state[values]
         if not state:  # the module took no part in any forward pass
@@ -171,4 +171,4 @@ class Reselection(Companion):
 
 
 def _indices_of(layer: SparseLinear) -> Any:
-    return lambda: layer.sparse_indices[ADAPTER]
+    return lambda: layer.support(ADAPTER)

@@ -69,7 +69,7 @@ class SparseTuner(GradientTuner):
         model = self._in_peft(model, config, base)
         for name, layer in sparse_layers(model).items():
             if supports is not None:
-                layer.sparse_indices[ADAPTER].copy_(supports[name])
+                layer.support(ADAPTER).copy_(supports[name])
         if self.gradient_checkpointing:
             # Frozen embeddings give activations without a gradient to recompute from.
             model.enable_input_require_grads()
@@ -114,7 +114,7 @@ def publish(model: Any, base: Base, run: Run) -> Delta:
 
     elements = {
         f"{name}.weight": Elements(
-            layer.sparse_indices[ADAPTER].long().cpu(),
+            layer.support(ADAPTER).long().cpu(),
             layer.sparse_values[ADAPTER].detach().float().cpu(),
             (layer.layout.rows, layer.layout.columns),
         )

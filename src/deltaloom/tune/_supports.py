@@ -14,6 +14,7 @@ from deltaloom.core.adapters.sparse import random_support
 from deltaloom.core.atomic import new_file
 from deltaloom.core.deltas._reading import known_as
 from deltaloom.core.deltas.extraction import largest
+from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import TensorFolder
 from deltaloom.engine.train import collate
 
@@ -47,11 +48,15 @@ def split(indices: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
 
 
 def stored(base: Base, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """The base's own weights of the modules `names`, float32, one at a time."""
+    """The base's own weights of the modules `names`, float32, one at a time.
+
+    Raises InputError for a module whose weight the base does not store under its name.
+    """
     with TensorFolder(base.folder) as own:
         for name in names:
             key = known_as(f"{name}.weight", own)
-            assert key is not None
+            if key is None:
+                raise InputError(f"{base.folder}: holds no {name}.weight; leave it out of modules=")
             yield name, own.read(key).float()
 
 

@@ -43,7 +43,7 @@ def _open_mixed(kind: PeftType, config: type, model: Any, layer: type) -> None:
     kinds = (*mixed.COMPATIBLE_TUNER_TYPES, kind)
     mixed.COMPATIBLE_TUNER_TYPES = package.COMPATIBLE_TUNER_TYPES = kinds  # pyright: ignore
     mixed.PREFIXES.append(model.prefix)
-    mixed.Configs = Union[(*mixed.Configs.__args__, config)]  # pyright: ignore # noqa: UP007
+    mixed.Configs = Union[(*mixed.Configs.__args__, config)]  # pyright: ignore
     mixed.Layers = (*mixed.Layers, layer)  # pyright: ignore
     theirs = mixed.MixedModel._create_and_replace
 
@@ -53,4 +53,4 @@ def _open_mixed(kind: PeftType, config: type, model: Any, layer: type) -> None:
         else:
             theirs(self, own, *args, **kwargs)
 
-    mixed.MixedModel._create_and_replace = create_and_replace
+    mixed.MixedModel._create_and_replace = create_and_replace  # pyright: ignore

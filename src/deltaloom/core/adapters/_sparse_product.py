@@ -63,7 +63,7 @@ def add_product(
 
 
 def gradient_at(g: Tensor, x: Tensor, indices: Tensor, layout: Layout) -> Tensor:
-    """Elements (n,) at `indices` of the weight's gradient sum_t g[t] x[t]; g (T, out), x (T, in)."""
+    """Elements (n,) at `indices` of the weight's gradient; g (T, out) and x (T, in)."""
     if _compiles(x):
         values = torch.empty(0, dtype=_kernel_type(x))
         return _gradients(g, x, values, indices, layout, True, False)[0]

@@ -92,16 +92,21 @@ class SparseLinear(nn.Module, SparseLayer):
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.layout = layout_of(self.get_base_layer())
 
-    def update_layer(self, name: str, count: int, seed: list[int], random: bool) -> None:
-        """Add the adapter `name` of `count` elements, all zeros."""
+    def update_layer(
+        self, name: str, count: int, seed: list[int], inference_mode: bool = False
+    ) -> None:
+        """Add the adapter `name` of `count` elements, all zeros, at places that `seed` decides.
+
+        In inference mode they are frozen, and anywhere: a file will say where.
+        """
         size = self.layout.numel
         if not 0 <= count <= size:
             raise ValueError(f"entries = {count}: the weight has {size} elements")
-        where = random_support(size, count, seed) if random else torch.arange(count)
+        where = torch.arange(count) if inference_mode else random_support(size, count, seed)
         self.sparse_indices[name] = where.to(torch.int32 if size < 1 << 31 else torch.int64)
         self.sparse_values[name] = nn.Parameter(torch.zeros(count))
         self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -111,11 +116,17 @@ class SparseLinear(nn.Module, SparseLayer):
         values = self.sparse_values[adapter_name]
         if device is not None and values.device.type != "meta":
             self.sparse_values[adapter_name] = values.to(device)
-            self.sparse_indices[adapter_name] = self.sparse_indices[adapter_name].to(device)
+            self.sparse_indices[adapter_name] = self.support(adapter_name).to(device)
+
+    def support(self, adapter: str) -> Tensor:
+        """Flat indices (n,) of one adapter's elements."""
+        found = self.sparse_indices[adapter]
+        assert found is not None
+        return found
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The whole change of one adapter, in the shape of the weight, float32."""
-        return self.layout.dense(self.sparse_values[adapter].detach(), self.sparse_indices[adapter])
+        return self.layout.dense(self.sparse_values[adapter].detach(), self.support(adapter))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight; `unmerge` restores it to the bit unless it is quantised.
@@ -125,8 +136,8 @@ class SparseLinear(nn.Module, SparseLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.sparse_values:
                 continue
-            weight, where = self.get_base_weight(), self.sparse_indices[name].long()
-            flat = weight.view(-1)
+            weight = self.get_base_weight().contiguous()
+            where, flat = self.support(name).long(), weight.view(-1)
             before = flat[where]
             after = (before.float() + self.sparse_values[name].detach().float()).to(weight.dtype)
             if safe_merge and not torch.isfinite(after).all():
@@ -143,7 +154,7 @@ class SparseLinear(nn.Module, SparseLayer):
         while self.merged_adapters:
             self.merged_adapters.pop()
             where, before = self._replaced.pop()
-            weight = self.get_base_weight()
+            weight = self.get_base_weight().contiguous()
             weight.view(-1)[where] = before
             self.set_base_weight(weight)
 
@@ -156,7 +167,7 @@ class SparseLinear(nn.Module, SparseLayer):
             return result
         for name in self.active_adapters:
             if name in self.sparse_values:
-                values, where = self.sparse_values[name], self.sparse_indices[name]
+                values, where = self.sparse_values[name], self.support(name)
                 result = add_product(result, x, values, where, self.layout, self.watches.get(name))
         return result
 
@@ -205,7 +216,7 @@ class SparseModel(BaseTuner):
         share = max(1, int(config.density * layer.layout.numel))
         count = (config.entries or {}).get(key, share)
         seed = [config.seed, zlib.crc32(key.encode())]
-        layer.update_layer(adapter_name, count, seed, not config.inference_mode)
+        layer.update_layer(adapter_name, count, seed, config.inference_mode)
         config.entries = {**(config.entries or {}), key: count}
         config.shapes = {**(config.shapes or {}), key: shape}
         if new:
