@@ -155,6 +155,15 @@ def test_values_in_float32_over_a_bfloat16_base(home, tmp_path):
     assert 0 < float(sizes.max()) < 2e-5
 
 
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+def test_bfloat16_follows_float32(home, tmp_path, growth):
+    # All of it is exchanged once, early: later exchanges turn on ties of rounding.
+    settings = {**SPIEL, "growth": growth, "reselect": 50}
+    exact = tuned(home, "spiel", tmp_path / "exact", **settings)
+    fast = tuned(home, "spiel", tmp_path / "fast", **settings, precision="bfloat16")
+    assert exact.dot(fast) > 0.8 * exact.norm() * fast.norm()
+
+
 def test_gradient_checkpointing_changes_nothing(home, tmp_path):
     plain = tuned(home, "spiel", tmp_path / "plain", **SPIEL)
     saved = tuned(home, "spiel", tmp_path / "saved", **SPIEL, gradient_checkpointing=True)

@@ -71,7 +71,9 @@ def gradient_at(g: Tensor, x: Tensor, indices: Tensor, layout: Layout) -> Tensor
 
 
 def dense_gradient(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """The whole gradient, as the weight is stored."""
+    """The whole gradient, as the weight is stored, in the wider of the two types."""
+    kind = torch.promote_types(g.dtype, x.dtype)  # under autocast they may differ
+    g, x = g.to(kind), x.to(kind)
     return x.T @ g if layout.transposed else g.T @ x
 
 
