@@ -302,7 +302,6 @@ def main() -> None:
     else:
         results = saved(2048, 1024)
         results += steps(1024, 3, 1024, options.repeats)
-        results += steps(1024, 3, 256, options.repeats)
     print(json.dumps({"bench": "sparse", "results": results}))
 
 

@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient support": ("ltsft", {"r": RANK, "support": "gradient"}),
     "full": ("full", {}),
 }
-COMPOSED = ("LT-SFT", "random support", "LoRA")
+COMPOSED = ("LT-SFT", "random support")
 
 
 class Study:
@@ -265,9 +265,9 @@ def fit(study: Study, chosen: dict[str, float], seeds: range) -> dict[str, dict[
         ]
         losses = [study.losses(folder, tests) for folder in folders]
         found[name] = {test: [one[test] for one in losses] for test in tests}
-        gap = gaps(found, name, "LoRA", "fables")
+        gap = "" if name == "LoRA" else shown(gaps(found, name, "LoRA", "fables"))
         columns = [shown(found[name][test]) for test in tests]
-        print(f"| {name} | {columns[0]} | {columns[1]} | {shown(gap)} |", flush=True)
+        print(f"| {name} | {columns[0]} | {columns[1]} | {gap} |", flush=True)
     return found
 
 
@@ -298,9 +298,8 @@ def compose(study: Study, chosen: dict[str, float], seeds: range) -> dict[str, d
             found.setdefault(name, {})[arm] = [one[tests[0]] for one in losses]
             columns = [shown([one[test] for one in losses]) for test in tests]
             print(f"| {name} | {arm} | {columns[0]} | {columns[1]} |", flush=True)
-        if name != "LoRA":
-            found[name]["overlap"] = [shared(study, *pair) for pair in pairs]
-    for name in COMPOSED[:2]:
+        found[name]["overlap"] = [shared(study, *pair) for pair in pairs]
+    for name in COMPOSED:
         print(f"\nOverlap of the supports of task and domain, {name}: "
               f"{shown(found[name]['overlap'])} (of both over of either).")  # fmt: skip
     return found
