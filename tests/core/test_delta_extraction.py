@@ -68,7 +68,7 @@ def test_the_largest_are_those_that_stable_sorting_puts_first(values, density):
     change = torch.tensor(values, dtype=torch.float32)
     keep = max(1, int(density * len(values)))
     order = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))[:keep]
-    found = largest(change, density)
+    found = largest(change, keep)
     assert found.indices.tolist() == sorted(i for i in order if values[i] != 0)
     assert found.values.tolist() == [values[i] for i in found.indices.tolist()]
 

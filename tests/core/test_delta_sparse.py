@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deltaloom.core.delta import load
-from deltaloom.core.deltas.sparse import STORED, Elements, Sparse
+from deltaloom.core.deltas._reading import CONFIG, WEIGHTS
+from deltaloom.core.deltas.sparse import Elements, Sparse
 from deltaloom.core.errors import InputError
 
 SHAPE = (5, 4)
@@ -58,8 +59,8 @@ def delta_over(base):
 def test_the_file_takes_eight_bytes_an_element(llama, tmp_path):
     delta = delta_over(llama)
     delta.save(tmp_path)
-    stored = load_file(tmp_path / STORED)
-    assert {(v.dtype, v.dim()) for k, v in stored.items() if k.endswith("indices")} == {
+    stored = load_file(tmp_path / WEIGHTS)
+    assert {(v.dtype, v.dim()) for k, v in stored.items() if k.endswith(".sparse_indices")} == {
         (torch.int32, 1)
     }
     assert sum(v.numel() * v.element_size() for v in stored.values()) == 5 * 8
@@ -79,30 +80,52 @@ def test_empty_supports_are_deltas_too(llama, tmp_path):
     agree(dense(again + delta_over(llama)), dense(delta_over(llama)), close=False)
 
 
-def rewritten(folder, change, shapes=None):
-    tensors = load_file(folder / STORED)
+MODULE = "base_model.model.model.norm.sparse_"
+
+
+def rewritten(folder, change, shapes):
+    tensors = load_file(folder / WEIGHTS)
     change(tensors)
-    about = {NORM: [16], HEAD: [23, 16]} if shapes is None else shapes
-    save_file(tensors, folder / STORED, metadata={"shapes": json.dumps(about)})
+    save_file(tensors, folder / WEIGHTS)
+    if shapes is not None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**config, "shapes": shapes}))
 
 
 @pytest.mark.parametrize(
     ("change", "shapes", "said"),
     [
-        (lambda t: t[f"{NORM}.indices"].copy_(torch.tensor([15, 2])), None, "are not rising"),
-        (lambda t: t[f"{NORM}.indices"].copy_(torch.tensor([2, 2])), None, "are not rising"),
-        (lambda t: t[f"{NORM}.indices"].copy_(torch.tensor([2, 16])), None, r"outside \[16\]"),
-        (lambda t: t[f"{NORM}.indices"].copy_(torch.tensor([-1, 2])), None, "outside"),
-        (lambda t: t.update({f"{NORM}.values": torch.ones(3)}), None, "not as many as its"),
-        (lambda t: t.pop(f"{NORM}.values"), None, "is not a sparse delta"),
-        (lambda t: None, 3, "is not a sparse delta"),
-        (lambda t: None, {NORM: [4, 4]}, r"has shape \[4, 4\], the base .* \[16\]"),
+        (lambda t: t[f"{MODULE}indices"].copy_(torch.tensor([15, 2])), None, "are not rising"),
+        (lambda t: t[f"{MODULE}indices"].copy_(torch.tensor([2, 2])), None, "are not rising"),
+        (lambda t: t[f"{MODULE}indices"].copy_(torch.tensor([2, 16])), None, r"outside \[16\]"),
+        (lambda t: t[f"{MODULE}indices"].copy_(torch.tensor([-1, 2])), None, "outside"),
+        (lambda t: t.update({f"{MODULE}values": torch.ones(3)}), None, "not as many as its"),
+        (lambda t: t.pop(f"{MODULE}values"), None, "is not half of a sparse change"),
+        (lambda t: t.update(more=torch.ones(1)), None, "more is not half of a sparse change"),
+        (lambda t: None, 3, "does not say the shapes"),
+        (lambda t: None, {}, "is not half of a sparse change that adapter_config.json knows"),
+        (
+            lambda t: None,
+            {"model.norm": [4, 4], "model.embed_tokens": [23, 16]},
+            r"has shape \[4, 4\], the base .* \[16\]",
+        ),
     ],
-    ids=["falling", "twice", "beyond", "negative", "counts", "lacking", "shapes", "other"],
+    ids=[
+        "falling",
+        "twice",
+        "beyond",
+        "negative",
+        "counts",
+        "lacking",
+        "more",
+        "shapes",
+        "unknown",
+        "other",
+    ],
 )
 def test_broken_files_are_refused(llama, tmp_path, change, shapes, said):
     delta_over(llama).save(tmp_path)
     rewritten(tmp_path, change, shapes)
     with pytest.raises(InputError, match=said) as caught:
         load(tmp_path, llama)
-    assert str(tmp_path / STORED) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)

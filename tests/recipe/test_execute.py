@@ -236,18 +236,16 @@ def test_readme_recipe_shape_parses(tmp_path):
     assert parse_recipe(read_yaml(path), "r").steps[1].method.lr == 1e-4
 
 
-@pytest.mark.parametrize(
-    "settings", [{"dimension": 64}, {"other": "base"}], ids=["affinity", "cka"]
-)
-def test_workers_measure_the_same(tmp_path, settings):
+@pytest.mark.parametrize("method", ["similarity", "cka"])
+def test_workers_measure_the_same(tmp_path, method):
     base = tiny.base_in(tmp_path / "base")
     rows = tiny.rows_in(tmp_path / "rows.jsonl", 30)
-    if "other" in settings:
-        settings = {"other": str(tiny.base_in(tmp_path / "other", seed=1))}
+    other = {"other": str(tiny.base_in(tmp_path / "other", seed=1))}
+    settings = other if method == "cka" else {"dimension": 64}
     found = []
     for workers in (0, 2):
         values = {"base": str(base), "tasks": [str(rows)], "workers": workers, **settings}
-        planned = parse_step("measure", {"method": "similarity", **values}, "measure similarity")
+        planned = parse_step("measure", {"method": method, **values}, f"measure {method}")
         out = tmp_path / f"out{workers}"
         execute.run_step(planned, out)
         found.append((out / "base--rows" / "estimate.json").read_text())

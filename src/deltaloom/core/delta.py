@@ -33,12 +33,12 @@ class Kind(NamedTuple):
 ADAPTERS = {
     "DELTALOOM_BOTTLENECK": Kind("bottleneck:Bottleneck", "bottleneck"),
     "DELTALOOM_ROUTED": Kind("routed:Routed", "routed"),
+    "DELTALOOM_SPARSE": Kind("sparse:Sparse", "sparse"),
     "PREFIX_TUNING": Kind("prompt:Prompt", "prefix"),
     "PROMPT_TUNING": Kind("prompt:Prompt", "soft prompt"),
 }
 """By PEFT's name; all others are read as low-rank."""
 STORED = {
-    "sparse.safetensors": "sparse:Sparse",
     "trace.safetensors": "trace:Trace",
     "delta.safetensors": "dense:Dense",
 }

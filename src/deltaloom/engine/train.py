@@ -63,6 +63,20 @@ class Fitted:
     checkpoints: list[Path] = field(default_factory=list)
 
 
+class Companion(TrainerCallback):
+    """A callback that brings the optimizer and has a part in every checkpoint."""
+
+    def optimizer(self, model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
+        """What updates the model's trained parameters."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write this one's state to a checkpoint; it counts as whole only after this."""
+
+    def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote, before training resumes."""
+
+
 def fit(
     model: Any,
     rows: Sequence[Encoded],
@@ -75,17 +89,19 @@ def fit(
     folder: str = "checkpoints",
     after_epoch: Callable[[Trainer, int], None] | None = None,
     objective: Objective | None = None,
+    companion: Companion | None = None,
+    earlier: int = 0,
 ) -> Fitted:
     """Train `model` in place on `rows`; resumes from `run.work / folder` when it holds work.
 
     `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written;
-    `objective` adds to the loss.
-    Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
+    `objective` adds to the loss. `earlier` is the number of steps that an earlier phase of the same
+    run logged. Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
     """
     set_seed(run.seed)
     home = run.work / folder
     last = _last_whole(home)
-    run.rewind(_step_of(last))
+    run.rewind(earlier + _step_of(last))
     batches = math.ceil(len(rows) / settings.batch_size)
     total = math.ceil(batches * settings.epochs)
     every = batches if settings.save_steps == 0 else settings.save_steps or math.ceil(total / 10)
@@ -109,13 +125,20 @@ def fit(
         objective.begin_training(rows, pad_id)
         trainer.objective = objective
         trainer.add_callback(BeforeEpoch(objective, batches))
+    trainer.companion, trainer.settings = companion, settings
     trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(_Ledger(run, settings, total, _step_of(last)))
+    trainer.add_callback(_Ledger(run, settings, total, _step_of(last), earlier))
+    if companion is not None:
+        trainer.add_callback(companion)
+        if last is not None:
+            companion.load(last)
     watcher = None
     if after_epoch is not None:
         trainer.add_callback(_AfterEpoch(trainer, after_epoch))
     if evaluation is not None:
-        watcher = _EarlyStop(trainer, tokenizer, evaluation, run, settings.patience, batches)
+        watcher = _EarlyStop(
+            trainer, tokenizer, evaluation, run, settings.patience, batches, earlier
+        )
         trainer.add_callback(watcher)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if watcher is not None:
@@ -162,6 +185,8 @@ class _Trainer(Trainer):
 
     last_whole: Path | None = None
     objective: Objective | None = None
+    companion: Companion | None = None
+    settings: TrainSettings
 
     def compute_loss(
         self,
@@ -188,6 +213,11 @@ class _Trainer(Trainer):
             loss = loss if added is None else loss + added
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.companion is not None and self.optimizer is None:
+            self.optimizer = self.companion.optimizer(self.model, self.settings)
+        return super().create_optimizer(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.objective is not None:
@@ -204,6 +234,8 @@ class _Trainer(Trainer):
         goal = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(*args, **kwargs)
+            if self.companion is not None:
+                self.companion.save(goal)
             write_json(goal / WHOLE, {"step": self.state.global_step})
         except Exception as error:
             shutil.rmtree(goal, ignore_errors=True)
@@ -221,8 +253,10 @@ class _Trainer(Trainer):
 class _Ledger(TrainerCallback):
     """Metrics to the run's log, tokens to its ledger, progress to stderr."""
 
-    def __init__(self, run: Run, settings: TrainSettings, total: int, done: int) -> None:
-        self.run, self.settings = run, settings
+    def __init__(
+        self, run: Run, settings: TrainSettings, total: int, done: int, earlier: int
+    ) -> None:
+        self.run, self.settings, self.earlier = run, settings, earlier
         self.total, self.done = total, done
         self.tokens = 0
 
@@ -239,7 +273,8 @@ class _Ledger(TrainerCallback):
         if "loss" in logs:
             names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
             values = {new: float(logs[old]) for old, new in names.items() if old in logs}
-            self.run.log(step=state.global_step, epoch=round(state.epoch, 6), **values)
+            step = self.earlier + state.global_step
+            self.run.log(step=step, epoch=round(state.epoch, 6), **values)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._account(state, kwargs["model"])
@@ -274,6 +309,7 @@ class _EarlyStop(TrainerCallback):
         run: Run,
         patience: int,
         per_epoch: int,
+        earlier: int,
     ) -> None:
         self.trainer, self.tokenizer, self.evaluation, self.run = (
             trainer,
@@ -281,7 +317,7 @@ class _EarlyStop(TrainerCallback):
             evaluation,
             run,
         )
-        self.patience = patience
+        self.patience, self.earlier = patience, earlier
         self.every = evaluation.every or per_epoch
         self.path = run.work / "evaluations.json"
         self.weights = run.work / "best.safetensors"
@@ -308,7 +344,8 @@ class _EarlyStop(TrainerCallback):
         merit = estimate.value if estimate.better == "higher" else -estimate.value
         before = self.best
         self.history.append({"step": state.global_step, "value": estimate.value, "merit": merit})
-        self.run.log(step=state.global_step, **{f"evaluation_{estimate.metric}": estimate.value})
+        step = self.earlier + state.global_step
+        self.run.log(step=step, **{f"evaluation_{estimate.metric}": estimate.value})
         if before is None or merit > before["merit"]:
             _save_trainable(model, self.weights)
         write_json(self.path, self.history)
@@ -325,19 +362,18 @@ class _EarlyStop(TrainerCallback):
         if self.weights.exists():
             found = load_file(self.weights)
             with torch.no_grad():
-                for name, parameter in model.named_parameters():
+                for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                     if name in found:
-                        parameter.copy_(found[name])
+                        tensor.copy_(found[name])
 
 
 def _save_trainable(model: Any, path: Path) -> None:
     from safetensors.torch import save_file
 
-    named = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    tensors = [(n, p.detach()) for n, p in model.named_parameters() if p.requires_grad]
+    # Buffers of integers may say where parameters belong, as a sparse adapter's do.
+    tensors += [(n, b) for n, b in model.named_buffers() if not b.dtype.is_floating_point]
+    named = {name: tensor.cpu().contiguous() for name, tensor in tensors}
     temporary = path.with_name(f".{path.name}.part")
     save_file(named, temporary)
     temporary.replace(path)

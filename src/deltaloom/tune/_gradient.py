@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
-    from deltaloom.engine.objective import Objective
     from deltaloom.engine.train import TrainSettings
 
 Positive = Annotated[float, Field(gt=0)]
@@ -103,9 +102,9 @@ def train(
     method: GradientSettings,
     settings: TrainSettings,
     evaluation: Evaluation | None,
-    objective: Objective | None = None,
+    **how: Any,
 ) -> Any:
-    """Encode, fit and record; returns the trained model."""
+    """Encode, fit (given `how`) and record; returns the trained model."""
     from deltaloom.engine.train import fit
 
     tokenizer = base.tokenizer()
@@ -120,7 +119,7 @@ def train(
         run,
         tokenizer=tokenizer,
         evaluation=evaluation,
-        objective=objective,
+        **how,
     )
     run.note(steps=fitted.steps)
     if fitted.best is not None:

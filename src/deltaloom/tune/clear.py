@@ -127,7 +127,7 @@ class Clear(GradientTuner):
         how = How(**{name: getattr(self, name) for name in How.__dataclass_fields__})
         routing = CleanRouting(model, how, run)
         settings = self.train_settings(self.lr, trainable="adapter")
-        model = train(model, base, data, run, self, settings, evaluation, routing)
+        model = train(model, base, data, run, self, settings, evaluation, objective=routing)
         result = run.work / "result"
         save_adapter(model, result, base, DELTAS[self.adapter])
         self._diagnose(routing, model, base, data, result)

@@ -65,7 +65,8 @@ def extract(
         elements, kept = {}, {}
         for name in delta.names():
             change = delta.to_dense(name)
-            elements[name] = largest(change, density or 0.0)
+            keep = max(1, math.floor((density or 0.0) * change.numel()))
+            elements[name] = largest(change, keep)
             kept[name] = _part(elements[name].values, change)
         return Reduced(Sparse(delta.base, elements), kept)
     return _lowrank(delta, rank or 0, seed)
@@ -119,12 +120,12 @@ def leading(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
-def largest(change: Tensor, density: float) -> Elements:
-    """The `density` part of largest magnitude, at least one element, without zeros."""
+def largest(change: Tensor, keep: int) -> Elements:
+    """The `keep` elements of largest magnitude, without zeros; of equal ones the first."""
     import torch
 
     flat = change.flatten()
-    size, keep = flat.abs(), max(1, math.floor(density * flat.numel()))
+    size = flat.abs()
     if keep < flat.numel():
         bar = size.kthvalue(flat.numel() - keep + 1).values
         chosen = size > bar

@@ -1,8 +1,10 @@
 """Sparse deltas: a few elements per tensor, by flat index and value.
 
 Sums hold the union of both supports, so they are exact and stay sparse; an element that cancels
-stays as a zero. On disk one safetensors file holds `NAME.indices` (int32, int64 from 2^31 elements
-on) and `NAME.values` (float32): eight bytes an element, with the shapes in the file's metadata.
+stays as a zero. On disk a sparse delta is the adapter folder of `core.adapters.sparse`, which PEFT
+loads: per module `sparse_indices` (int32, int64 from 2^31 elements on) and `sparse_values`
+(float32), eight bytes an element, with the shapes in adapter_config.json. Tensors that are no
+linear module's weight have their places in it too; PEFT refuses those by name.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from deltaloom.core.atomic import new_file
+from deltaloom.core.atomic import new_file, write_json
 from deltaloom.core.base import Base
 from deltaloom.core.delta import Delta, describe
+from deltaloom.core.deltas._reading import CONFIG, WEIGHTS, known_as
+from deltaloom.core.deltas._writing import PREFIX
 from deltaloom.core.deltas.dense import Dense, add_to_model
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import TensorFolder
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-STORED = "sparse.safetensors"
+PEFT_TYPE = "DELTALOOM_SPARSE"
+"""What adapter_config.json calls the kind: `core.adapters.sparse` registers it with PEFT."""
+INDICES, VALUES = ".sparse_indices", ".sparse_values"
 
 
 @dataclass(frozen=True)
@@ -74,36 +80,44 @@ class Sparse(Delta):
 
     kind = "sparse"
 
-    def __init__(self, base: Base, elements: dict[str, Elements]) -> None:
+    def __init__(self, base: Base, elements: dict[str, Elements], task: str | None = None) -> None:
         super().__init__(base)
         self.elements = elements
+        self.task = task
+        """PEFT's task type, None when it is not known or the terms of a sum differ in it."""
 
     @classmethod
     def load(cls, folder: Path, base: Base) -> Sparse:
-        """The delta that `save` wrote; raises InputError when it is broken or does not fit."""
-        file = folder / STORED
+        """The adapter folder that `save` or PEFT wrote.
+
+        Raises InputError when it is broken, has tensors besides sparse elements, or does not fit
+        the base.
+        """
+        file, config = folder / WEIGHTS, _config(folder)
+        if not file.is_file():
+            raise InputError(f"{folder} has no {WEIGHTS}; copy the adapter again, as safetensors")
+        found = {}
         with TensorFolder(file) as tensors, TensorFolder(base.folder) as own:
-            try:
-                shapes = {
-                    str(name): tuple(int(side) for side in shape)
-                    for name, shape in json.loads(tensors.metadata["shapes"]).items()
-                }
-                pairs = {
-                    name: (tensors.read(f"{name}.indices").long(), tensors.read(f"{name}.values"))
-                    for name in shapes
-                }
-            except (KeyError, ValueError, TypeError, AttributeError):
-                raise InputError(f"{file}: is not a sparse delta; write it again") from None
-            found = {}
-            for name, (indices, values) in pairs.items():
-                if name in own and own[name].shape != shapes[name]:
+            for key in tensors:
+                module = key.removeprefix(PREFIX).removesuffix(INDICES).removesuffix(VALUES)
+                pair = [f"{PREFIX}{module}{end}" for end in (INDICES, VALUES)]
+                shape = config["shapes"].get(module)
+                if key not in pair or not {*pair} <= {*tensors} or shape is None:
                     raise InputError(
-                        f"{file}: {name} has shape {list(shapes[name])}, the base {base.model} "
-                        f"{list(own[name].shape)}; name the base it was made from"
+                        f"{file}: {key} is not half of a sparse change that {CONFIG} knows; "
+                        "copy both files again"
                     )
-                found[name] = Elements(indices, values.float(), shapes[name])
+                name = module if known_as(module, own) else f"{module}.weight"
+                stored = known_as(name, own)
+                if stored is not None and own[stored].shape != tuple(shape):
+                    raise InputError(
+                        f"{file}: {name} has shape {list(shape)}, the base {base.model} "
+                        f"{list(own[stored].shape)}; name the base it was made from"
+                    )
+                indices, values = (tensors.read(one) for one in pair)
+                found[name] = Elements(indices.long(), values.float(), tuple(shape))
                 _check(file, name, found[name])
-        return cls(base, found)
+        return cls(base, found, config.get("task_type"))
 
     def names(self) -> list[str]:
         """Tensors with changed elements."""
@@ -119,7 +133,7 @@ class Sparse(Delta):
 
     def __mul__(self, factor: float) -> Sparse:
         scaled = {n: replace(own, values=own.values * factor) for n, own in self.elements.items()}
-        return Sparse(self.base, scaled)
+        return Sparse(self.base, scaled, self.task)
 
     def __add__(self, other: Delta) -> Delta:
         self.same_base(other)
@@ -128,7 +142,7 @@ class Sparse(Delta):
         both = {**self.elements, **other.elements}
         for name in self.elements.keys() & other.elements.keys():
             both[name] = self.elements[name].joined(other.elements[name])
-        return Sparse(self.base, both)
+        return Sparse(self.base, both, self.task if self.task == other.task else None)
 
     def dot(self, other: Delta) -> float:
         """Inner product, in float64; only the other's elements at this support are looked at."""
@@ -144,24 +158,51 @@ class Sparse(Delta):
         return total
 
     def save(self, folder: Path) -> None:
-        """Write indices and values to `sparse.safetensors`, beside `delta.json`."""
+        """Write a PEFT adapter folder, with `delta.json` beside it."""
         import torch
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, own in self.elements.items():
+        tensors, modules = {}, {}
+        for name, own in sorted(self.elements.items()):
+            module = name.removesuffix(".weight")
+            modules[module] = own
             wide = math.prod(own.shape) > torch.iinfo(torch.int32).max
-            tensors[f"{name}.indices"] = own.indices if wide else own.indices.int()
-            tensors[f"{name}.values"] = own.values.contiguous()
-        shapes = {name: list(own.shape) for name, own in sorted(self.elements.items())}
-        with new_file(folder / STORED) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", "shapes": json.dumps(shapes)})
+            tensors[f"{PREFIX}{module}{INDICES}"] = own.indices if wide else own.indices.int()
+            tensors[f"{PREFIX}{module}{VALUES}"] = own.values.contiguous()
+        with new_file(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        config = {
+            "peft_type": PEFT_TYPE,
+            "task_type": self.task or "CAUSAL_LM",
+            "base_model_name_or_path": self.base.model,
+            "inference_mode": True,
+            "target_modules": [*modules],
+            "entries": {module: len(own.indices) for module, own in modules.items()},
+            "shapes": {module: list(own.shape) for module, own in modules.items()},
+        }
+        write_json(folder / CONFIG, config)
         describe(folder, self.kind, self.base)
 
     def apply(self, base: Base) -> PreTrainedModel:
         """`base` with the change added in float32."""
         return add_to_model(base, self)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
+    shapes = config.get("shapes") if isinstance(config, dict) else None
+    good = isinstance(shapes, dict) and all(
+        isinstance(shape, list) and all(isinstance(side, int) for side in shape)
+        for shape in shapes.values()
+    )
+    if not good:
+        raise InputError(f"{path}: does not say the shapes of the tensors; copy the adapter again")
+    return config
 
 
 def _check(file: Path, name: str, own: Elements) -> None:
