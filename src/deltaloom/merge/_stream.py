@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ class Merge:
     """The line `started`, then the names of the tensors that are written whole, by line."""
     started: str
     """What the journal of a merge that can be taken up starts with."""
+    own: Callable[[TensorEntry], Part]
+    """The base's tensor as a part."""
 
     def tensor(self, name: str, space: Workspace) -> None:
         """Merge one tensor and write it."""
@@ -88,7 +91,7 @@ class Merge:
         if not tensor.count:
             return None
         parts = [source.part(tensor) for source in self.sources]
-        own = StoredPart(self.base, tensor)
+        own = self.own(tensor)
         work = np.dtype(self.rule.width(tensor))
         if self.rule.keeps_base and all(part is None for part in parts):
             for block in self._blocks(tensor, space, work):
@@ -98,7 +101,8 @@ class Merge:
         rule = self.rule.begin(tensor, len(parts))
         stored = [part for part in parts if isinstance(part, StoredPart) and not part.gives_change]
         kinds = {tensor.dtype, target.dtype, *(part.tensor.dtype for part in stored)}
-        if rule.takes_bits and len(stored) == len(parts) and kinds == {"BF16"}:
+        plain = len(stored) == len(parts) and kinds == {"BF16"}
+        if rule.takes_bits and plain and isinstance(own, StoredPart):
             return self._write_bits(rule, own, stored, target, space)
         for number in range(rule.scans):
             for block in self._blocks(tensor, space, work, rule.unit):
@@ -166,9 +170,7 @@ class Merge:
             yield space.block(start, stop - start, work)
             start, stop = stop, stop + size
 
-    def _fill(
-        self, block: Block, own: StoredPart, parts: list[Part | None], space: Workspace
-    ) -> None:
+    def _fill(self, block: Block, own: Part, parts: list[Part | None], space: Workspace) -> None:
         form = self.rule.form
         changes = form == "changes"
         mixed = form != "given" and any(p is None or p.gives_change != changes for p in parts)
@@ -330,11 +332,13 @@ def write_merge(
     progress: Callable[[int], None] | None,
     resume: bool = False,
     key: str = "",
+    own: Callable[[TensorEntry], Part] | None = None,
 ) -> Path:
     """As `merge_folders`, of what is opened and checked; `dress` puts all but weights beside them.
 
-    `base` is a TensorFolder or something that reads like one; `dtype` may differ by tensor. What an
-    interrupted merge left is taken up only when its `key` was the same.
+    `base` is a TensorFolder or something that reads like one, through `own` where that is given;
+    `dtype` may differ by tensor. What an interrupted merge left is taken up only when its `key` was
+    the same.
     """
     out = Path(out_folder)
     threads = threads or default_threads()
@@ -350,7 +354,9 @@ def write_merge(
         try:
             dress(folder)
             stop = threading.Event()
-            job = Merge(base, list(sources), rule, writer, block, stop, blocks, journal, started)
+            part = own or partial(StoredPart, base)
+            every = list(sources)
+            job = Merge(base, every, rule, writer, block, stop, blocks, journal, started, part)
             job.run(threads, progress)
             journal.unlink(missing_ok=True)
             writer.finish()
