@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.spec import sentence
@@ -197,10 +206,20 @@ class TokenRow(Part):
         return self
 
 
+def _row_or_model(value: Any) -> str:
+    return "row" if isinstance(value, TokenRow) or "kind" in value else "model"
+
+
 class Token(Part):
     """Where the row of one token is from."""
 
-    source: TokenRow | Ref | None = None
+    source: (
+        Annotated[
+            Annotated[TokenRow, Tag("row")] | Annotated[Ref, Tag("model")],
+            Discriminator(_row_or_model),
+        ]
+        | None
+    ) = None
     """What the models that lack the token get."""
     force: bool = False
     """Whether those that have it get that too."""

@@ -288,7 +288,7 @@ class Job:
     def _dress(self, folder: Path, *, tokenizer: bool) -> None:
         template, move = self.checked.config.chat_template, self.move
         if move:
-            move.resize(folder / "config.json")
+            move.describe(folder)
         if not tokenizer:
             return remove_tokenizer(folder)
         if move:

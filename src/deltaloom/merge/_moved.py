@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deltaloom.core.errors import InputError
 from deltaloom.merge._checked import Checked
@@ -40,15 +41,28 @@ class Move:
         rows = all(one.rows == self.size for one in self.known.values())
         return not (all(same) and rows) or any(one.force for one in self.tokens.values())
 
-    def resize(self, config: Path) -> None:
-        """Set the number of rows in a config.json."""
-        if not config.is_file():
-            return
-        values = json.loads(config.read_text("utf-8"))
-        for part in (values, values.get("text_config", {})):
-            if "vocab_size" in part:
-                part["vocab_size"] = self.size
-        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    def describe(self, folder: Path) -> None:
+        """Put the number of rows into the config of the output, and where another model's
+        tokenizer is taken the numbers that its config gives to special tokens.
+        """
+        for file in (folder / "config.json", folder / "generation_config.json"):
+            if not file.is_file():
+                continue
+            values = json.loads(file.read_text("utf-8"))
+            special = self._special_tokens(file.name)
+            for part in (values, values.get("text_config", {})):
+                part |= {key: special[key] for key in part if key in special}
+                part |= {"vocab_size": self.size} if "vocab_size" in part else {}
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def _special_tokens(self, name: str) -> dict[str, Any]:
+        """Numbers of special tokens in the config of the model whose tokenizer is taken."""
+        for file in (self.vocabulary.files / name, self.vocabulary.files / "config.json"):
+            if file.is_file():
+                values = json.loads(file.read_text("utf-8"))
+                both = values | values.get("text_config", {})
+                return {key: value for key, value in both.items() if key.endswith("_token_id")}
+        return {}
 
     def origins(
         self, models: Sequence[Reference], rows: Sequence[int], base: Reference | None
