@@ -47,13 +47,14 @@ def vocabularies(
     """
     found = {folder: vocabulary(folder) for folder in dict.fromkeys([chosen, *folders])}
     known = {folder: one for folder, one in found.items() if one is not None}
+    same = len({frozenset(numbers.items()) for numbers in known.values()}) <= 1
     if len(known) == len(found):
         for folder, numbers in known.items():
-            _check_config(folder, numbers, place)
+            if not same:
+                _check_config(folder, numbers, place)
         return known
     unknown = next(folder for folder, one in found.items() if one is None)
-    one = next(iter(known.values()), None)
-    if source == "union" or any(other != one for other in known.values()):
+    if source == "union" or not same:
         raise InputError(
             f"{place}: tokenizer_source {source} needs tokenizer.json of every model, and "
             f"{unknown} has none that can be read; load its tokenizer with transformers and save "
@@ -64,8 +65,11 @@ def vocabularies(
 
 def _check_config(folder: Path, numbers: Mapping[str, int], place: str) -> None:
     """Raise InputError for tokens that only transformers, with its own config, would add."""
-    added = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    missing = [one["content"] for one in added.values() if one["content"] not in numbers]
+    config = _json(folder / "tokenizer_config.json")
+    named = [*config.get("added_tokens_decoder", {}).values()]
+    named += [value for key, value in config.items() if key.endswith("_token")]
+    tokens = [one.get("content") if isinstance(one, dict) else one for one in named]
+    missing = [one for one in tokens if isinstance(one, str) and one not in numbers]
     if missing:
         raise InputError(
             f"{place}: tokenizer_config.json of {folder} adds {missing[0]!r}, which tokenizer.json "
