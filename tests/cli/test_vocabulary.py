@@ -488,6 +488,28 @@ def test_tokens_without_a_row(merge, homes, tokens, fault):
         merge(homes(), CHANGES % f"tokenizer: {{source: base, tokens: {{{tokens}}}}}")
 
 
+@pytest.mark.parametrize(
+    "text", [CHANGES % "tokenizer_source: union", LINEAR % "tokenizer_source: b"]
+)
+@pytest.mark.parametrize("token", ["Ġdog", "a", "k"])
+def test_a_nan_is_found_in_its_own_model(merge, homes, tmp_path, text, token):
+    """Where it came to other models, and as a part of a mean, too."""
+    row = numbers(homes() / "a")[token]
+
+    def spoil(folder):
+        tensors = weights(folder)
+        tensors[TABLES[0]][row, 3] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    home = changed(homes(), tmp_path, spoil)
+    if token in numbers(home / "b") or "union" in text:
+        fault = f"^a: tensor '{TABLES[0]}' is not a number at element {row * H + 3},"
+        with pytest.raises(InputError, match=fault):
+            merge(home, text)
+    else:  # a row that does not reach the output
+        merge(home, text)
+
+
 def test_tokens_beyond_the_embedding(merge, homes, tmp_path):
     """A base's last tokens that have no rows are left out of its tokenizer, with their merges."""
 

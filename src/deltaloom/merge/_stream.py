@@ -32,6 +32,7 @@ from deltaloom.merge._formats import FLOATS, narrow, same_bytes
 from deltaloom.merge._output import JOURNAL, copy_companions, published, start_of_machine
 from deltaloom.merge._rule import Block, Rule, TensorRule
 from deltaloom.merge._sources import Part, Source, StoredPart, open_source
+from deltaloom.merge._tables import RowsPart
 
 BLOCK = 1 << 18
 """Elements per block: a megabyte of float32 per model; smaller ones cost more in calls than they
@@ -147,9 +148,11 @@ class Merge:
                 continue
             part.fill(start, values, raw)
             if np.isnan(values.max()):
-                place = start + int(np.isnan(values).argmax())
+                path, place = part.path, start + int(np.isnan(values).argmax())
+                if isinstance(part, RowsPart):
+                    path, place = part.origin(place)
                 raise InputError(
-                    f"{part.path}: tensor {tensor.name!r} is not a number at element {place}, and "
+                    f"{path}: tensor {tensor.name!r} is not a number at element {place}, and "
                     "a merge would spread it; mend the model or leave it out"
                 )
 

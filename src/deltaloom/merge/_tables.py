@@ -130,6 +130,20 @@ class RowsPart:
                 self.parts[model].fill(row * self.columns + offset, piece, scratch)
             done, run = stop, run + 1
 
+    def origin(self, element: int) -> tuple[Path, int]:
+        """Where one element is from: the model, and the element of its own table."""
+        token, column = divmod(element, self.columns)
+        model, row = (int(one[token]) for one in self.origins.of(self.place))
+        if model == MEAN:  # of the first that is not a number
+            value, scratch = np.zeros(1, np.float32), np.empty(8, np.uint8)
+            for number, own in enumerate(self.origins.own[:, token]):
+                if own >= 0 and not np.isnan(value[0]):
+                    model, row = number, int(own)
+                    self.parts[model].fill(row * self.columns + column, value, scratch)
+        if model < 0:
+            return self.path, element
+        return self.parts[model].path, row * self.columns + column
+
     def _mean(self, token: int, offset: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """out (n,) = the mean of the models that have the token, added up in their order."""
         n, total, count = self.numbers, np.zeros_like(out), 0
