@@ -8,15 +8,17 @@ lies when its block is filled, and neighbours that stay neighbours are read at o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from deltaloom.core.tensors import DTYPES
 from deltaloom.merge._compat_numbers import Numbers
-from deltaloom.merge._sources import EMBEDDINGS, HEADS, Part
+from deltaloom.merge._formats import widen
+from deltaloom.merge._sources import EMBEDDINGS, HEADS, Part, StoredPart
 
 TABLES = (*EMBEDDINGS, *HEADS, "lm_head.bias")
 """Tensors of which each row is a token, by the ends of their names."""
@@ -112,23 +114,44 @@ class RowsPart:
 
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
-        firsts, ends, models, rows = self._runs
-        done = 0
-        run = int(np.searchsorted(firsts * self.columns, start, "right")) - 1
-        while done < out.size:
-            first, model, row = int(firsts[run]), int(models[run]), int(rows[run])
-            stop = min(int(ends[run]) * self.columns - start, out.size)
-            offset = start + done - first * self.columns
-            piece = out[done:stop]
-            if model == ZERO:
-                piece[:] = 0
-            elif model == MEAN:
-                self._mean(first, offset, piece, scratch)
-            elif model == PADDING:
-                piece[:] = self._padding[offset : offset + piece.size]
+        dtype, special = self._dtype, []
+        for first, model, row, place, stop in self._within(start, out.size):
+            offset = start + place - first * self.columns
+            if model < 0:
+                special.append((first, model, offset, place, stop))
+            elif dtype:  # only its bytes now: there may be a run for every row
+                size = DTYPES[dtype][0]
+                raw = scratch[place * size : stop * size]
+                self.parts[model].read(row * self.columns + offset, raw)
             else:
-                self.parts[model].fill(row * self.columns + offset, piece, scratch)
-            done, run = stop, run + 1
+                self.parts[model].fill(row * self.columns + offset, out[place:stop], scratch)
+        if dtype:
+            widen(scratch[: out.size * DTYPES[dtype][0]], dtype, out)
+        for first, model, offset, place, stop in special:
+            if model == ZERO:
+                out[place:stop] = 0
+            elif model == MEAN:
+                self._mean(first, offset, out[place:stop], scratch)
+            else:
+                out[place:stop] = self._padding[offset : offset + stop - place]
+
+    def _within(self, start: int, count: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """The runs of `count` elements from `start` on: the first row, the model, its row, and
+        from where to where in the elements.
+        """
+        firsts, ends, models, rows = self._runs
+        begins, stops = firsts * self.columns - start, ends * self.columns - start
+        low = int(np.searchsorted(begins, 0, "right")) - 1
+        cut = slice(low, int(np.searchsorted(begins, count)))
+        places, stops = np.maximum(begins[cut], 0), np.minimum(stops[cut], count)
+        parts = (firsts[cut], models[cut], rows[cut], places, stops)
+        yield from zip(*(part.tolist() for part in parts), strict=True)
+
+    @cached_property
+    def _dtype(self) -> str:
+        """How all tables are stored; empty where they differ or are more than stored."""
+        kinds = {part.tensor.dtype if isinstance(part, StoredPart) else "" for part in self.parts}
+        return kinds.pop() if len(kinds) == 1 else ""
 
     def origin(self, element: int) -> tuple[Path, int]:
         """Where one element is from: the model, and the element of its own table."""
