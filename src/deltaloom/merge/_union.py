@@ -93,9 +93,9 @@ def new_vocabulary(
 
     text = start.text or (start.files / "tokenizer.json").read_text("utf-8")
     tokenizer = Tokenizer.from_str(text)
-    for token, row in new.items():
-        flags = {key: bool(row.get(key)) for key in FLAGS} if row else {}
-        tokenizer.add_tokens([AddedToken(token, **flags)])
+    flags = [{key: bool(row.get(key)) for key in FLAGS} if row else {} for row in new.values()]
+    # all at once: each call goes over all added tokens again
+    tokenizer.add_tokens([AddedToken(t, **own) for t, own in zip(new, flags, strict=True)])
     numbers = tokenizer.get_vocab()
     numbers = {token: numbers[token] for token in sorted(numbers, key=numbers.__getitem__)}
     return NewVocabulary(start.files, numbers, tokenizer.to_str(pretty=True))
