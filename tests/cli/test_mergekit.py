@@ -263,14 +263,6 @@ def test_tokenizers(merge, home, capsys):
     assert weights(out)["lm_head.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("source", ["union", "base", "c"])
-def test_other_vocabularies_are_refused(merge, source):
-    with pytest.raises(InputError, match=r"vocabularies of .* differ"):
-        merge(PLAIN % ("c", f"tokenizer_source: {source}"))
-    with pytest.raises(InputError, match=r"vocabularies of .* differ"):
-        merge(PLAIN % ("c", f"tokenizer_source: {source}"), "--dry-run")
-
-
 def test_without_a_tokenizer(merge):
     out = merge(PLAIN % ("b", ""), "--no-copy-tokenizer")
     assert not list(out.glob("tokenizer*"))

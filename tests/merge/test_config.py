@@ -94,8 +94,8 @@ def test_faults_are_named(change, fault):
         ),
         ("{models: [{model: a}, {model: a}], merge_method: karcher}", "lists a again"),
         (
-            "{models: [{model: a}], merge_method: karcher, tokenizer: {pad_to_multiple_of: 8}}",
-            "pad_to_multiple_of is not supported",
+            "{models: [{model: a}], merge_method: karcher, tokenizer: {pad_to_multiple_of: 0}}",
+            "tokenizer.pad_to_multiple_of .* 1",
         ),
         ("{models: [{model: a}], merge_method: karcher, chat_template: chatml}", "chat_template"),
         ("{models: [{model: a}], merge_method: karcher, tokenizer_source: base}", "needs base_mod"),

@@ -178,8 +178,13 @@ def _show_job(job: Job, threads: int | None) -> None:
     groups: dict[str, list[str]] = {}
     for name, values in job.values.items():
         groups.setdefault(_settings(values), []).append(name)
-    for note in job.tokenizer()[1]:  # which also refuses vocabularies that differ
+    for note in job.notes:
         print(f"  note: {note}")
+    if job.move and job.tables:
+        print(f"  vocabulary of {job.move.size:,} rows, {len(job.tables)} tensors moved to it")
+        for reference, known in job.move.known.items():
+            lacking = job.move.vocabulary.lacking(known)
+            print(f"    {reference} has {known.rows:,} rows and lacks {lacking:,} of the tokens")
     if job.checked.precision == "mergekit":
         finer = " (finer inputs are rounded to it)"
         found = {one.name + finer * (one.kind > 0 and one.finer) for one in job.numbers.values()}

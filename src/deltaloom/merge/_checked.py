@@ -159,18 +159,7 @@ def _check_counts(checked: Checked) -> None:
 
 def _check_tokens(checked: Checked) -> None:
     config, place = checked.config, checked.place
-    for key in ("tokens", "pad_to_multiple_of"):
-        if config.tokenizer and getattr(config.tokenizer, key) is not None:
-            raise InputError(
-                f"{place}: tokenizer.{key} is not supported: rows of embeddings are neither moved "
-                "nor added here; take it out and change the vocabulary afterwards"
-            )
-    source = config.source_of_tokens()
-    if source == "base" and config.base_model is None:
+    if config.source_of_tokens() == "base" and config.base_model is None:
         raise InputError(f"{place}: tokenizer_source base needs base_model")
-    if source is not None:
-        checked.notes.append(
-            f"tokenizer_source {source}: done where all models share one vocabulary, else refused"
-        )
     if config.chat_template:
         check_template(config.chat_template, place)

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.spec import sentence
@@ -177,14 +186,53 @@ class Module(Part):
         return self
 
 
+class TokenRow(Part):
+    """A row of zeros, or that of a token of a model."""
+
+    kind: Literal["zero", "model_token"]
+    """Which of the two."""
+    model: Ref | None = None
+    """The model."""
+    token: str | None = None
+    """Its token."""
+    token_id: int | None = None
+    """Or the number of that."""
+
+    @model_validator(mode="after")
+    def _one_token(self) -> Self:
+        given = (self.token is not None) + (self.token_id is not None)
+        if self.kind == "model_token" and (self.model is None or given != 1):
+            raise ValueError("kind: model_token needs model and one of token and token_id")
+        return self
+
+
+def _row_or_model(value: Any) -> str:
+    return "row" if isinstance(value, TokenRow) or "kind" in value else "model"
+
+
+class Token(Part):
+    """Where the row of one token is from."""
+
+    source: (
+        Annotated[
+            Annotated[TokenRow, Tag("row")] | Annotated[Ref, Tag("model")],
+            Discriminator(_row_or_model),
+        ]
+        | None
+    ) = None
+    """What the models that lack the token get."""
+    force: bool = False
+    """Whether those that have it get that too."""
+
+
 class Tokenizer(Part):
     """What the output's tokenizer is."""
 
     source: Literal["union", "base"] | Ref = "union"
     """The base's, a model's, or the union of all."""
-    tokens: dict[str, Any] | None = None
+    tokens: dict[str, Token] | None = None
     """Where the embeddings of single tokens come from."""
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: int | None = Field(None, ge=1)
     """Rows of the embedding are padded to a multiple of this."""
 
 

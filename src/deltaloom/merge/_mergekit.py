@@ -11,28 +11,26 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.tensors import DTYPES
-from deltaloom.merge._checked import Checked
+from deltaloom.core.tensors import DTYPES, TensorEntry
+from deltaloom.merge._checked import SINGLE, Checked
 from deltaloom.merge._compat_numbers import CODES, Numbers, common
 from deltaloom.merge._config import Files, Reference
 from deltaloom.merge._dialect import ByTensor
 from deltaloom.merge._formats import FLOATS
+from deltaloom.merge._moved import Move, move
 from deltaloom.merge._output import copy_companions
 from deltaloom.merge._rule import Rule
+from deltaloom.merge._sources import Part, StoredPart
 from deltaloom.merge._stack import Opened, Row, Stacked, View, layout
 from deltaloom.merge._stream import BLOCK, default_threads, type_of, write_merge
-from deltaloom.merge._vocabulary import (
-    check_vocabularies,
-    copy_tokenizer,
-    remove_tokenizer,
-    write_template,
-)
+from deltaloom.merge._tables import TABLES, Origins, RowsPart
+from deltaloom.merge._vocabulary import copy_tokenizer, remove_tokenizer, write_template
 from deltaloom.merge.passthrough import Passthrough
 
 Find = Callable[[Files], Path]
@@ -57,11 +55,19 @@ class Job:
     def __init__(self, checked: Checked, find: Find, seed: int = 0, scratch: Path | None = None):
         self.checked, self.find, self.scratch = checked, find, scratch
         self._opened: dict[str, Opened] = {}
+        self._found: dict[str, Origins] = {}
         self.used = {s.model: self.opened(s.model) for part in checked.parts for s in part.sources}
         leads = [checked.base(part) or part.sources[0].model for part in checked.parts]
         self.leads = [self.used[lead] for lead in leads]
         self._check_ranges()
         self.rows: dict[str, Row] = layout(checked.parts, self.leads, checked.place)
+        moved = move(checked, self.used, self._donor())
+        self.move = moved if isinstance(moved, Move) else None
+        self.notes = [moved] if isinstance(moved, str) else []
+        self.tables: list[str] = []
+        """Tensors whose rows are moved."""
+        if self.move and self.move.needed:
+            self.tables = [name for name in self.rows if name.endswith(TABLES)]
         self.values = {
             name: checked.values(row.part, row.names, name, row.t)
             for name, row in self.rows.items()
@@ -78,6 +84,8 @@ class Job:
         self.sources = [self._place(i) for i in range(len(checked.merged(checked.parts[0])))]
         for source in self.sources:
             source.check(self.view)
+        for name in self.tables:
+            self._origins(name)  # which names tokens that have no row
 
     def opened(self, reference: Reference) -> Opened:
         """A model, opened once."""
@@ -118,9 +126,46 @@ class Job:
         table = {}
         for name, row in self.rows.items():
             base = self.checked.base(row.part) or row.part.sources[0].model
-            (i,) = [i for i, s in enumerate(row.part.sources) if s.model == base]
+            i = self._number(row, base)
             table[name] = (self._as_base(base, name), row.names[i])
-        return View(table)
+        return View(table, dict.fromkeys(self.tables, self.move.size if self.move else 0))
+
+    def _number(self, row: Row, reference: Reference) -> int:
+        """Which of a tensor's sources a model is."""
+        (i,) = [i for i, one in enumerate(row.part.sources) if one.model == reference]
+        return i
+
+    def _base_part(self, tensor: TensorEntry) -> Part:
+        """The base's tensor, or the first model's where there is none."""
+        if tensor.name not in self.tables:
+            return StoredPart(self.view, tensor)
+        row = self.rows[tensor.name]
+        base = self.checked.base(row.part) or row.part.sources[0].model
+        return self._moved(tensor.name, self._number(row, base), as_base=True)
+
+    def _moved(self, name: str, number: int, *, as_base: bool = False) -> RowsPart:
+        """A table in the output's vocabulary, of the source `number`."""
+        row = self.rows[name]
+        opened = [self.used[one.model] for one in row.part.sources]
+        if as_base:
+            opened[number] = self._as_base(row.part.sources[number].model, name)
+        parts = tuple(one.part(own) for one, own in zip(opened, row.names, strict=True))
+        columns = self.view[name].count // self.view[name].shape[0]
+        numbers = self.numbers[name] if self.checked.precision == "mergekit" else SINGLE
+        return RowsPart(parts, self._origins(name), number, columns, numbers)
+
+    def _origins(self, name: str) -> Origins:
+        """Where the rows of a table come from, found once."""
+        if name not in self._found:
+            assert self.move
+            row = self.rows[name]
+            models = [one.model for one in row.part.sources]
+            sizes = [
+                self.used[one].entry(own).shape[0]
+                for one, own in zip(models, row.names, strict=True)
+            ]
+            self._found[name] = self.move.origins(models, sizes, row.part.base)
+        return self._found[name]
 
     def _as_base(self, reference: Reference, name: str) -> Opened:
         """A base as files: an adapter on it is merged into `scratch` first."""
@@ -139,11 +184,13 @@ class Job:
         return self._opened[key]
 
     def _place(self, place: int) -> Stacked:
-        table = {}
+        table, moved = {}, {}
         for name, row in self.rows.items():
             i, source = self.checked.merged(row.part)[place]
             table[name] = (self.used[source.model], row.names[i])
-        return Stacked(table, whole=self.checked.parts[0].layers is None)
+            if name in self.tables:
+                moved[name] = partial(self._moved, name, i)
+        return Stacked(table, moved, whole=self.checked.parts[0].layers is None)
 
     @property
     def nbytes(self) -> int:
@@ -208,13 +255,12 @@ class Job:
         """
         checked = self.checked
         donor = self._donor()
-        chosen, notes = self.tokenizer()
 
         def dress(folder: Path) -> None:
             copy_companions(donor, folder, checked.dtype)
             if checked.parts[0].layers is not None:
                 self._count_layers(folder / "config.json")
-            self._dress(folder, chosen, tokenizer=tokenizer)
+            self._dress(folder, tokenizer=tokenizer)
             (folder / "mergekit_config.yml").write_bytes(yaml)
 
         write_merge(
@@ -230,33 +276,24 @@ class Job:
             progress=progress,
             resume=bool(key),
             key=key,
+            own=self._base_part,
         )
-        return notes
+        return self.notes
 
     def _donor(self) -> Path:
         """The folder whose config and tokenizer the output gets."""
         first = self.checked.config.references()[0]
         return self.find(first.model)
 
-    def tokenizer(self) -> tuple[Path | None, list[str]]:
-        """Where the output's tokenizer is from when the document says so, and notes for the user.
-
-        Raises InputError for vocabularies that differ.
-        """
-        source = self.checked.config.source_of_tokens()
-        if source is None:
-            return None, []
-        chosen = self.find(source.model) if isinstance(source, Reference) else self._donor()
-        folders = [opened.folder.path for opened in self.used.values()]
-        note = check_vocabularies(chosen, folders, str(source), self.checked.place)
-        return chosen, [note] if note else []
-
-    def _dress(self, folder: Path, chosen: Path | None, *, tokenizer: bool) -> None:
-        template = self.checked.config.chat_template
+    def _dress(self, folder: Path, *, tokenizer: bool) -> None:
+        template, move = self.checked.config.chat_template, self.move
+        if move:
+            move.describe(folder)
         if not tokenizer:
             return remove_tokenizer(folder)
-        if chosen is not None:
-            copy_tokenizer(chosen, folder)
+        if move:
+            copy_tokenizer(move.vocabulary.files, folder)
+            move.vocabulary.dress(folder)
         if template:
             names = self.checked.config.references()
             write_template(template, [self.find(one.model) for one in names], folder)

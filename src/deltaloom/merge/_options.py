@@ -15,7 +15,7 @@ SWITCHES = {
     "clone-tensors": "a tensor may be used any number of times",
     "write-model-card": "no card is written; mergekit_config.yml is",
     "safe-serialization": "the output is always safetensors",
-    "unsafe-truncate-embeddings": "models must share one vocabulary",
+    "unsafe-truncate-embeddings": "tokenizer brings vocabularies together; rows are never cut",
 }
 VALUES = {
     "transformers-cache": "the hub's own cache is used (HF_HOME)",

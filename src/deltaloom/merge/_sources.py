@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,13 +142,15 @@ class ModelSource:
         self.folder = TensorFolder(path)
         self.tied: dict[str, str] = {}
 
-    def check(self, base: TensorFolder) -> None:
-        """See Source; a tied output layer may be stored on either side."""
+    def check(self, base: TensorFolder, moved: Collection[str] = ()) -> None:
+        """See Source; a tied output layer may be stored on either side, and the tensors `moved` may
+        have another number of rows.
+        """
         for name, wanted in base.items():
             if name not in self.folder:
                 self._tie(name, base)
             own = self.folder[self.tied.get(name, name)]
-            if own.shape != wanted.shape:
+            if not fits(own, wanted, name in moved):
                 raise InputError(
                     f"{self.path}: tensor {name!r} has shape {list(own.shape)}, the base "
                     f"{base.path} has {list(wanted.shape)}; merge models of one architecture and "
@@ -340,6 +343,12 @@ def open_source(path: str | Path) -> Source:
     if (path / "delta.safetensors").is_file():
         return ChangeSource(path)
     return ModelSource(path)
+
+
+def fits(own: TensorEntry, wanted: TensorEntry, moved: bool) -> bool:
+    """Whether the shapes are equal, of a tensor that is moved but for the number of rows."""
+    skipped = int(moved)
+    return len(own.shape) == len(wanted.shape) and own.shape[skipped:] == wanted.shape[skipped:]
 
 
 def _flipped(entry: TensorEntry) -> TensorEntry:

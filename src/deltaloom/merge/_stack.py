@@ -8,7 +8,7 @@ source. Nothing is copied.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from deltaloom.merge._sources import (
     EMBEDDINGS,
     AdapterSource,
     ModelSource,
+    Part,
     ProductPart,
     StoredPart,
+    fits,
 )
 
 BEFORE = (*EMBEDDINGS, "wpe.weight", "embeddings.weight", "embed_positions.weight")
@@ -158,16 +160,20 @@ def _stack(lead: Opened, place: str) -> str:
 
 
 class View(TensorFolder):
-    """The tensors `table`, output name -> (model, its name there), as one folder."""
+    """The tensors `table`, output name -> (model, its name there), as one folder.
 
-    def __init__(self, table: dict[str, tuple[Opened, str]]):
+    Those in `rows` are shown with so many rows, and are to be read through their parts only.
+    """
+
+    def __init__(self, table: dict[str, tuple[Opened, str]], rows: Mapping[str, int]):
         first = next(iter(table.values()))[0]
         self.path, self.metadata = first.folder.path, {}
         self._files: dict[Path, int] = {}
         self._entries: dict[str, TensorEntry] = {}
         for name, (opened, own) in table.items():
             entry = opened.entry(own)
-            self._entries[name] = replace(entry, name=name)
+            shape = (rows[name], *entry.shape[1:]) if name in rows else entry.shape
+            self._entries[name] = replace(entry, name=name, shape=shape)
             if entry.file not in self._files:
                 self._files[entry.file] = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
         for entry in self._entries.values():
@@ -179,16 +185,25 @@ class View(TensorFolder):
 
 
 class Stacked:
-    """One place of the merge as a source, whichever models stand there."""
+    """One place of the merge as a source, whichever models stand there.
 
-    def __init__(self, table: dict[str, tuple[Opened, str]], *, whole: bool):
-        self.table, self.whole = table, whole
+    `moved` gives the parts of tensors that are not read as they lie.
+    """
+
+    def __init__(
+        self,
+        table: dict[str, tuple[Opened, str]],
+        moved: Mapping[str, Callable[[], Part]],
+        *,
+        whole: bool,
+    ):
+        self.table, self.moved, self.whole = table, moved, whole
         self.path = next(iter(table.values()))[0].folder.path
 
     def check(self, base: TensorFolder) -> None:
         """See Source."""
         if self.whole:  # every tensor is to be there, and no other
-            next(iter(self.table.values()))[0].model.check(base)
+            next(iter(self.table.values()))[0].model.check(base, self.moved)
         for name, (opened, own) in self.table.items():
             entry = opened.find(own)
             wanted = base[name]
@@ -197,14 +212,17 @@ class Stacked:
                     f"{opened.folder.path} has no tensor {own!r}, which the output needs as "
                     f"{name!r}; merge layers of models of one architecture"
                 )
-            if entry.shape != wanted.shape or (entry.dtype in FLOATS) != (wanted.dtype in FLOATS):
+            same = fits(entry, wanted, name in self.moved)
+            if not same or (entry.dtype in FLOATS) != (wanted.dtype in FLOATS):
                 raise InputError(
                     f"{opened.folder.path}: tensor {own!r} is {entry.dtype} {list(entry.shape)}, "
                     f"and {name!r} of {base.path} is {wanted.dtype} {list(wanted.shape)}; merge "
                     "models of one architecture and one vocabulary"
                 )
 
-    def part(self, tensor: TensorEntry) -> AdaptedPart | StoredPart:
+    def part(self, tensor: TensorEntry) -> Part:
         """See Source."""
+        if tensor.name in self.moved:
+            return self.moved[tensor.name]()
         opened, own = self.table[tensor.name]
         return opened.part(own)

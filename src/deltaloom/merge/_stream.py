@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from deltaloom.merge._formats import FLOATS, narrow, same_bytes
 from deltaloom.merge._output import JOURNAL, copy_companions, published, start_of_machine
 from deltaloom.merge._rule import Block, Rule, TensorRule
 from deltaloom.merge._sources import Part, Source, StoredPart, open_source
+from deltaloom.merge._tables import RowsPart
 
 BLOCK = 1 << 18
 """Elements per block: a megabyte of float32 per model; smaller ones cost more in calls than they
@@ -78,6 +80,8 @@ class Merge:
     """The line `started`, then the names of the tensors that are written whole, by line."""
     started: str
     """What the journal of a merge that can be taken up starts with."""
+    own: Callable[[TensorEntry], Part]
+    """The base's tensor as a part."""
 
     def tensor(self, name: str, space: Workspace) -> None:
         """Merge one tensor and write it."""
@@ -88,7 +92,7 @@ class Merge:
         if not tensor.count:
             return None
         parts = [source.part(tensor) for source in self.sources]
-        own = StoredPart(self.base, tensor)
+        own = self.own(tensor)
         work = np.dtype(self.rule.width(tensor))
         if self.rule.keeps_base and all(part is None for part in parts):
             for block in self._blocks(tensor, space, work):
@@ -98,7 +102,8 @@ class Merge:
         rule = self.rule.begin(tensor, len(parts))
         stored = [part for part in parts if isinstance(part, StoredPart) and not part.gives_change]
         kinds = {tensor.dtype, target.dtype, *(part.tensor.dtype for part in stored)}
-        if rule.takes_bits and len(stored) == len(parts) and kinds == {"BF16"}:
+        plain = len(stored) == len(parts) and kinds == {"BF16"}
+        if rule.takes_bits and plain and isinstance(own, StoredPart):
             return self._merge_bits(rule, own, stored, target, space)
         for number in range(rule.scans):
             for block in self._blocks(tensor, space, work, rule.unit):
@@ -152,9 +157,11 @@ class Merge:
                 continue
             part.fill(start, values, raw)
             if np.isnan(values.max()):
-                place = start + int(np.isnan(values).argmax())
+                path, place = part.path, start + int(np.isnan(values).argmax())
+                if isinstance(part, RowsPart):
+                    path, place = part.origin(place)
                 raise InputError(
-                    f"{part.path}: tensor {tensor.name!r} is not a number at element {place}, and "
+                    f"{path}: tensor {tensor.name!r} is not a number at element {place}, and "
                     "a merge would spread it; mend the model or leave it out"
                 )
 
@@ -175,9 +182,7 @@ class Merge:
             yield space.block(start, stop - start, work)
             start, stop = stop, stop + size
 
-    def _fill(
-        self, block: Block, own: StoredPart, parts: list[Part | None], space: Workspace
-    ) -> None:
+    def _fill(self, block: Block, own: Part, parts: list[Part | None], space: Workspace) -> None:
         form = self.rule.form
         changes = form == "changes"
         mixed = form != "given" and any(p is None or p.gives_change != changes for p in parts)
@@ -339,11 +344,13 @@ def write_merge(
     progress: Callable[[int], None] | None,
     resume: bool = False,
     key: str = "",
+    own: Callable[[TensorEntry], Part] | None = None,
 ) -> Path:
     """As `merge_folders`, of what is opened and checked; `dress` puts all but weights beside them.
 
-    `base` is a TensorFolder or something that reads like one; `dtype` may differ by tensor. What an
-    interrupted merge left is taken up only when its `key` was the same.
+    `base` is a TensorFolder or something that reads like one, through `own` where that is given;
+    `dtype` may differ by tensor. What an interrupted merge left is taken up only when its `key` was
+    the same.
     """
     out = Path(out_folder)
     threads = threads or default_threads()
@@ -359,7 +366,9 @@ def write_merge(
         try:
             dress(folder)
             stop = threading.Event()
-            job = Merge(base, list(sources), rule, writer, block, stop, blocks, journal, started)
+            part = own or partial(StoredPart, base)
+            every = list(sources)
+            job = Merge(base, every, rule, writer, block, stop, blocks, journal, started, part)
             job.run(threads, progress)
             journal.unlink(missing_ok=True)
             writer.finish()

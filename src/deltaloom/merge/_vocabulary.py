@@ -1,14 +1,11 @@
-"""The output's tokenizer: files of one of the models, where all share one vocabulary.
-
-Rows of embeddings are never moved from one vocabulary to another, so another tokenizer than the
-base's is taken only when that needs no moving.
-"""
+"""The files of tokenizers: read, copied, and with another chat template."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +37,44 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
         return None
 
 
-def check_vocabularies(chosen: Path, folders: list[Path], source: str, place: str) -> str | None:
-    """A warning when vocabularies cannot be compared; raises InputError when they differ."""
-    wanted = vocabulary(chosen)
-    unknown = [folder for folder in folders if vocabulary(folder) is None]
-    for folder in folders:
-        if wanted is not None and folder not in unknown and vocabulary(folder) != wanted:
-            raise InputError(
-                f"{place}: tokenizer_source {source}: the vocabularies of {chosen} and {folder} "
-                "differ, and rows of embeddings are not moved here; bring the models to one "
-                "vocabulary first (mergekit-tokensurgeon does)"
-            )
-    if wanted is None or unknown:
-        names = ", ".join(map(str, [chosen] if wanted is None else unknown))
-        if source == "union":
-            raise InputError(
-                f"{place}: tokenizer_source union needs tokenizer.json of every model, to see that "
-                f"their vocabularies are one; {names} has none"
-            )
-        return f"vocabularies were not compared: no tokenizer.json in {names}"
-    return None
+def vocabularies(
+    chosen: Path, folders: Sequence[Path], source: str, place: str
+) -> dict[Path, dict[str, int]] | str:
+    """Numbers by token of each folder; or a warning where some cannot be read and the others are
+    equal, so that rows may stay where they are.
+
+    Raises InputError for those that cannot be read when that does matter.
+    """
+    found = {folder: vocabulary(folder) for folder in dict.fromkeys([chosen, *folders])}
+    known = {folder: one for folder, one in found.items() if one is not None}
+    same = len({frozenset(numbers.items()) for numbers in known.values()}) <= 1
+    if len(known) == len(found):
+        for folder, numbers in known.items():
+            if not same:
+                _check_config(folder, numbers, place)
+        return known
+    unknown = next(folder for folder, one in found.items() if one is None)
+    if source == "union" or not same:
+        raise InputError(
+            f"{place}: tokenizer_source {source} needs tokenizer.json of every model, and "
+            f"{unknown} has none that can be read; load its tokenizer with transformers and save "
+            "it there"
+        )
+    return f"vocabularies were not compared: no tokenizer.json in {unknown}"
+
+
+def _check_config(folder: Path, numbers: Mapping[str, int], place: str) -> None:
+    """Raise InputError for tokens that only transformers, with its own config, would add."""
+    config = _json(folder / "tokenizer_config.json")
+    named = [*config.get("added_tokens_decoder", {}).values()]
+    named += [value for key, value in config.items() if key.endswith("_token")]
+    tokens = [one.get("content") if isinstance(one, dict) else one for one in named]
+    missing = [one for one in tokens if isinstance(one, str) and one not in numbers]
+    if missing:
+        raise InputError(
+            f"{place}: tokenizer_config.json of {folder} adds {missing[0]!r}, which tokenizer.json "
+            "lacks; load the tokenizer with transformers and save it there"
+        )
 
 
 def remove_tokenizer(out: Path) -> None:
