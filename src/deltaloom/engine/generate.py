@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def generate_greedily(
     if not all(kept):
         raise InputError(f"prompt {kept.index([]) + 1} has no tokens; begin it with start_token")
     order = sorted(range(len(kept)), key=lambda i: (-len(kept[i]), i))
+    widths = [len(kept[i]) + max_new_tokens for i in order]
     ends = _end_tokens(model, tokenizer)
     pad = padding_token(tokenizer)
     settings = GenerationConfig(
@@ -94,7 +95,8 @@ def generate_greedily(
     )
     results: list[Any] = [None] * len(kept)
     with _only_settings(model, settings), torch.inference_mode():
-        for chosen in _batches(model, order, [*map(len, kept)], max_new_tokens, tokens_per_batch):
+        for batch in budgeted(widths, tokens_per_batch):
+            chosen = [order[k] for k in batch]
             answers = _batch(model, tokenizer, [kept[i] for i in chosen], settings, stop)
             for i, (text, new_tokens, finished) in zip(chosen, answers, strict=True):
                 cut = len(kept[i]) < len(prompts[i])
@@ -108,19 +110,6 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """The text before the first stop string in it, and whether there was one."""
     found = [place for place in map(text.find, stop) if place >= 0]
     return (text[: min(found)], True) if found else (text, False)
-
-
-def _batches(
-    model: Any, order: list[int], lengths: list[int], new: int, tokens_per_batch: int
-) -> Iterator[list[int]]:
-    """Batches of `order`, which is sorted by length, within the budget."""
-    # PEFT puts a prompt's virtual tokens before the padding and drops the position ids, so that
-    # shorter rows would see them too far away: rows of such a model must be of equal length.
-    alike = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
-    for _, group in groupby(order, key=lambda i: lengths[i] if alike else None):
-        same = list(group)
-        for batch in budgeted([lengths[i] + new for i in same], tokens_per_batch):
-            yield [same[k] for k in batch]
 
 
 def _batch(
@@ -138,10 +127,10 @@ def _batch(
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
         attention[i, width - len(prompt) :] = 1
     device = device_of(model)
+    generator, inputs, width = _generator(model, ids.to(device), attention.to(device))
     watcher = _StopTexts(tokenizer, stop, width, len(prompts))
-    output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=attention.to(device),
+    output = generator.generate(
+        **inputs,
         generation_config=settings,
         stopping_criteria=StoppingCriteriaList([watcher] if stop else []),
     )
@@ -157,6 +146,33 @@ def _batch(
         text, stopped = cut_at_stop(text, stop)
         results.append((text, length, stopped or first_end is not None))
     return results
+
+
+def _generator(
+    model: Any, ids: torch.Tensor, attention: torch.Tensor
+) -> tuple[Any, dict[str, Any], int]:
+    """Who generates, its inputs, and how many tokens of its output are input; ids are `(b, T)`.
+
+    Virtual tokens are put before the padding here, and the base generates: PEFT's own way drops
+    the position ids, so that rows would see virtual tokens as far away as their padding is wide,
+    and it does not know a cache under the name that transformers gives it since 5.24.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return model, {"input_ids": ids, "attention_mask": attention}, ids.shape[1]
+    inner = model.get_base_model()
+    virtual = attention.new_ones(len(ids), config.num_virtual_tokens)  # (b, k)
+    inputs: dict[str, Any] = {"attention_mask": torch.cat([virtual, attention], 1)}
+    prompt = model.get_prompt(len(ids))
+    if isinstance(prompt, torch.Tensor):
+        embedded = model.word_embeddings(ids)  # (b, T, h)
+        inputs["inputs_embeds"] = torch.cat([prompt.to(embedded.dtype), embedded], 1)
+        return inner, inputs, 0
+    # What a cache holds counts as input already read; the ids in its place are never looked at.
+    inputs["input_ids"] = torch.cat([virtual, ids], 1)
+    named = inspect.signature(inner.forward).parameters
+    inputs["cache" if "cache" in named else "past_key_values"] = prompt
+    return inner, inputs, inputs["input_ids"].shape[1]
 
 
 class _StopTexts(StoppingCriteria):
