@@ -157,7 +157,7 @@ def _generator(
     the position ids, so that rows would see virtual tokens as far away as their padding is wide,
     and it does not know a cache under the name that transformers gives it since 5.24.
     """
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return model, {"input_ids": ids, "attention_mask": attention}, ids.shape[1]
     inner = model.get_base_model()
