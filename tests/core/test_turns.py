@@ -17,6 +17,8 @@ TALK = [
     {"role": "assistant", "content": "rome"},
 ]
 
+ASKED = ["where", "lives", "tom"]
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -37,15 +39,7 @@ def test_a_conversation_has_the_users_words_and_each_response(tokenizer):
     (one,) = mark([row(messages=TALK)], tokenizer, 99)
     ids = one.row.input_ids
     assert one.row == encode([row(messages=TALK)], tokenizer, 99)[0]
-    assert words(tokenizer, ids, one.user) == [
-        "where",
-        "lives",
-        "tom",
-        "where",
-        "lives",
-        "anna",
-        "?",
-    ]
+    assert words(tokenizer, ids, one.user) == [*ASKED, "where", "lives", "anna", "?"]
     said = [tokenizer.convert_ids_to_tokens([ids[t] for t in turn.tokens]) for turn in one.turns]
     assert said == [[":", "in", "oslo"], [":", "rome"]]
     assert [turn.asked for turn in one.turns] == [1, 3]
@@ -79,7 +73,7 @@ def test_the_prompt_alone_has_the_same_marks(tokenizer):
     example = row(messages=TALK)
     ids = encode_prompt(example, tokenizer)
     marked = words(tokenizer, ids, prompt_mask(example, ids, tokenizer))
-    assert marked == ["where", "lives", "tom", "where", "lives", "anna", "?"]
+    assert marked == [*ASKED, "where", "lives", "anna", "?"]
 
 
 def test_bytes_and_merges_across_the_border_of_a_message():

@@ -48,6 +48,11 @@ class Shares:
     """Mean over the queries of the largest such weight of any head, (layers,)."""
 
 
+def middle_layer(depth: int) -> int:
+    """The block that the paper reads, 15 (from 0) of TinyLlama's 22, in a model of `depth`."""
+    return depth * 15 // 22
+
+
 def user_shares(
     model: Any,
     rows: Sequence[Watched],

@@ -193,10 +193,16 @@ class Conditional(GradientTuner):
         return store
 
     def _layer(self, base: Base) -> int:
-        config = base.config()
-        depth = config.get("text_config", config).get("num_hidden_layers", config.get("n_layer"))
+        from transformers import AutoConfig
+
+        from deltaloom.engine.attention import middle_layer
+
+        config = AutoConfig.from_pretrained(
+            base.folder, trust_remote_code=base.trust_remote_code
+        ).get_text_config()
+        depth = config.num_hidden_layers
         if self.layer is None:
-            return depth * 15 // 22
+            return middle_layer(depth)
         if self.layer >= depth:
             raise InputError(f"layer = {self.layer}: {base.model} has blocks 0 to {depth - 1}")
         return self.layer
