@@ -108,10 +108,12 @@ class Conditional(GradientTuner):
         Raises InputError for data without any user's turn, a `layer` the model does not have, and
         as the inner tuning does.
         """
+        from deltaloom.engine.forward import padding_token
+
         tokenizer = base.tokenizer()
         limit = min(self.max_length or base.max_length, base.max_length)
         marked = mark(data, tokenizer, limit)
-        scores = self._scores(base, data, marked, tokenizer.pad_token_id, run)
+        scores = self._scores(base, data, marked, padding_token(tokenizer), run)
         turns = list(zip(scores.index["example"], scores.index["asked"], strict=True))
         values = scores.matrix()[:, 0].tolist()
         above = [k for k, value in enumerate(values) if value > self.threshold]
