@@ -115,7 +115,7 @@ class Conditional(GradientTuner):
         marked = mark(data, tokenizer, limit)
         scores = self._scores(base, data, marked, padding_token(tokenizer), run)
         turns = list(zip(scores.index["example"], scores.index["asked"], strict=True))
-        values = scores.matrix()[:, 0].tolist()
+        values = scores.index["score"]
         above = [k for k, value in enumerate(values) if value > self.threshold]
         chosen = above
         if self.assign == "random":
@@ -151,7 +151,7 @@ class Conditional(GradientTuner):
     def _scores(
         self, base: Base, data: Examples, marked: list[Marked], pad_id: int, run: Run
     ) -> Features:
-        """Every turn's score, shard by shard; shards that are there are kept."""
+        """Every turn's score; an interrupted run keeps the shards that are there."""
         from deltaloom.core.features import Features
         from deltaloom.core.origin import Origin
 
@@ -164,35 +164,30 @@ class Conditional(GradientTuner):
         layer = self._layer(base)
         rows = [marked[i].row.id for i, _ in places]
         turns = Counter(rows)
-        store = Features.create(
-            run.folder / "scores",
-            [
-                f"{row}:{k}" if turns[row] > 1 else row
-                for row, (_, k) in zip(rows, places, strict=True)
-            ],
-            1,
-            about={
-                "method": "conditional",
-                "base": base.fingerprint(),
-                "scorer": self.scorer,
-                "layer": layer,
-                "max_length": self.max_length,
-                "data": data.digest(),
-            },
-            columns={"example": rows, "asked": [marked[i].turns[k].asked for i, k in places]},
-            shard_rows=SHARD,
-        )
+        named = zip(rows, places, strict=True)
+        ids = [f"{row}:{k}" if turns[row] > 1 else row for row, (_, k) in named]
+        columns = {"example": rows, "asked": [marked[i].turns[k].asked for i, k in places]}
+        about = {
+            "method": "conditional",
+            "base": base.fingerprint(),
+            "scorer": self.scorer,
+            "layer": layer,
+            "max_length": self.max_length,
+            "data": data.digest(),
+        }
+        store = Features.create(run.work / "scores", ids, 1, about=about, shard_rows=SHARD)
         missing = store.missing()
         if missing:
             model, _ = Origin(base, self.scorer).load()
             with progress("score", len(places)) as advance:
                 for number in missing:
                     part = [places[p] for p in store.shards()[number]]
-                    store.write_shard(
-                        number, _dependencies(model, marked, part, layer, pad_id, run)
-                    )
+                    found = _dependencies(model, marked, part, layer, pad_id, run)
+                    store.write_shard(number, found)
                     advance(len(part))
-        return store
+        return Features.from_scores(
+            run.folder / "scores", ids, store.matrix(), about=about, columns=columns
+        )
 
     def _layer(self, base: Base) -> int:
         from transformers import AutoConfig
