@@ -101,6 +101,17 @@ def encode_continuation(
     return _after(text, prompt_ids, continuation, tokenizer, special=special)
 
 
+def window(mask: Sequence[int], max_length: int) -> slice:
+    """The part of a row with this response mask that `encode` keeps."""
+    if len(mask) <= max_length:
+        return slice(0, len(mask))
+    first = list(mask).index(1)
+    # At least one prompt token stays, so that the first response token is still predicted.
+    room = max(max_length - (len(mask) - first), min(first, 1))
+    start = first - room if first else 0
+    return slice(start, start + max_length)
+
+
 def _checked(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     ids, mask = _whole(example, tokenizer)
     if not any(mask):
@@ -110,8 +121,8 @@ def _checked(example: Example, tokenizer: Any, max_length: int) -> Encoded:
             f"{example.where}: every token counts as response because the prompt is empty; "
             "use a 'text' row if that is meant"
         )
-    short_ids, short_mask = _fit(ids, mask, max_length)
-    return Encoded(example.id, short_ids, short_mask, truncated=len(ids) > max_length)
+    kept = window(mask, max_length)
+    return Encoded(example.id, ids[kept], mask[kept], truncated=len(ids) > max_length)
 
 
 def _whole(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -265,16 +276,6 @@ def _alone(piece: str, tokenizer: Any) -> list[int]:
         if known and both[: len(before)] == before:
             return both[len(before) :]
     return _tokens(piece, tokenizer, special=False)
-
-
-def _fit(ids: list[int], mask: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    if len(ids) <= max_length:
-        return ids, mask
-    first = mask.index(1)
-    # At least one prompt token stays, so that the first response token is still predicted.
-    room = max(max_length - (len(ids) - first), min(first, 1))
-    start = first - room if first else 0
-    return ids[start : start + max_length], mask[start : start + max_length]
 
 
 def _without_eos(ids: list[int], tokenizer: Any) -> list[int]:

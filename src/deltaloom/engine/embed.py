@@ -79,7 +79,7 @@ def layer_embeddings(
     decoder = _Decoder(model)
     masks = [row.response_mask if tokens == "response" else row.input_ids for row in rows]
     counted = [np.array(mask, bool) | (tokens == "all") for mask in masks]
-    blocks = decoder.blocks()
+    blocks = blocks_of(decoder.inner)
     taps = [_Tap(blocks[0], before=True), *map(_Tap, blocks), _Tap(decoder.inner)]
     width = sum(layer_widths(model))
     return _pooled(decoder, taps, width, rows, counted, pad_id, pooling, tokens_per_batch, on_batch)
@@ -96,6 +96,15 @@ def embedding_width(model: Any) -> int:
     config = model.config.get_text_config()
     # Some models (OPT) project the last states to the width of their word embeddings.
     return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
+
+
+def blocks_of(decoder: Any) -> torch.nn.ModuleList:
+    """The stack of blocks of a decoder; raises InputError when there is none of its depth."""
+    count = decoder.config.get_text_config().num_hidden_layers
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(f"{type(decoder).__name__} has no stack of {count} blocks")
 
 
 def _pooled(
@@ -160,14 +169,6 @@ class _Decoder:
         accepted = inspect.signature((causal if virtual else self.inner).forward).parameters
         wanted = {"use_cache": False, **({"logits_to_keep": 1} if virtual else {})}
         self.options = {key: value for key, value in wanted.items() if key in accepted}
-
-    def blocks(self) -> torch.nn.ModuleList:
-        """The stack of blocks."""
-        count = self.inner.config.get_text_config().num_hidden_layers
-        for module in self.inner.modules():
-            if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-                return module
-        raise InputError(f"{type(self.inner).__name__} has no stack of {count} blocks")
 
     def pooled(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ def generate_greedily(
     stop: Sequence[str] = (),
     tokens_per_batch: int = TOKENS_PER_BATCH,
     on_batch: Callable[[int], None] | None = None,
+    within: Callable[[list[int], list[int]], AbstractContextManager[None]] | None = None,
 ) -> list[Generated]:
     """Continue each prompt by its most probable next token, again and again.
 
@@ -65,6 +66,8 @@ def generate_greedily(
         stop: Texts that end a continuation and are not part of it.
         tokens_per_batch: Rows x (prompt + `max_new_tokens`) of a batch at most.
         on_batch: Called after each batch with the number of prompts answered by it.
+        within: Makes the context in which a batch is generated, from the prompts' numbers and how
+            many of each one's last tokens are left.
 
     Returns:
         One `Generated` per prompt, in input order.
@@ -97,7 +100,9 @@ def generate_greedily(
     with _only_settings(model, settings), torch.inference_mode():
         for batch in budgeted(widths, tokens_per_batch):
             chosen = [order[k] for k in batch]
-            answers = _batch(model, tokenizer, [kept[i] for i in chosen], settings, stop)
+            lengths = [len(kept[i]) for i in chosen]
+            with within(chosen, lengths) if within else nullcontext():
+                answers = _batch(model, tokenizer, [kept[i] for i in chosen], settings, stop)
             for i, (text, new_tokens, finished) in zip(chosen, answers, strict=True):
                 cut = len(kept[i]) < len(prompts[i])
                 results[i] = Generated(text, len(kept[i]), new_tokens, cut, finished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltaloom.core.encoding import encode_prompt
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.progress import progress
@@ -31,6 +32,33 @@ def clusters_of(data: Examples) -> dict[str, str] | None:
     """
     found = {item.id: item.cluster for item in data if item.cluster is not None}
     return found if len(found) == len(data) and 1 < len({*found.values()}) < len(data) else None
+
+
+def accepted_answers(example: Example) -> tuple[str, ...]:
+    """Accepted answers of a row, at least one; raises InputError when it has none."""
+    if example.answers:
+        return example.answers
+    if example.completion is not None:
+        return (example.completion,)
+    if example.messages is not None and example.messages[-1]["role"] == "assistant":
+        return (example.messages[-1]["content"],)
+    raise InputError(f"{example.where}: has no 'answer' to compare with")
+
+
+def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
+    """Tokens to generate from; raises InputError when there is none to begin with."""
+    ids = encode_prompt(example, tokenizer)
+    if ids:
+        return ids
+    from deltaloom.engine.forward import start_token
+
+    start = start_token(tokenizer)
+    if start is None:
+        raise InputError(
+            f"{example.where}: the prompt is empty, and the tokenizer has neither a BOS nor an EOS "
+            "token to begin from"
+        )
+    return [start]
 
 
 def length_limit(max_length: int | None, model: Any) -> int:

@@ -36,14 +36,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self, final
 from pydantic import Field, model_validator
 
 from deltaloom.core.atomic import write_text
-from deltaloom.core.encoding import encode_prompt
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.progress import progress
 from deltaloom.core.run import Run
-from deltaloom.measure._items import clusters_of, note, require_rows
+from deltaloom.measure._items import (
+    accepted_answers,
+    clusters_of,
+    note,
+    prompt_ids,
+    require_rows,
+)
 
 if TYPE_CHECKING:
     from deltaloom.engine.generate import Generated
@@ -94,11 +99,11 @@ class Answer(Measurer):
         from deltaloom.engine.meter import count_forward
 
         require_rows(data, "answer")
-        accepted = [_accepted(example) for example in data]
+        accepted = [accepted_answers(example) for example in data]
         judges = [
             self._judge(example, answers) for example, answers in zip(data, accepted, strict=True)
         ]
-        prompts = [_prompt(example, tokenizer) for example in data]
+        prompts = [prompt_ids(example, tokenizer) for example in data]
         model.eval()
         with progress("answer", len(data)) as advance:
             found = generate_greedily(
@@ -168,31 +173,6 @@ def _equal(a: str, b: str) -> bool:
         return Decimal(a.replace(",", "")) == Decimal(b.replace(",", ""))
     except InvalidOperation:
         return False
-
-
-def _accepted(example: Example) -> tuple[str, ...]:
-    if example.answers:
-        return example.answers
-    if example.completion is not None:
-        return (example.completion,)
-    if example.messages is not None and example.messages[-1]["role"] == "assistant":
-        return (example.messages[-1]["content"],)
-    raise InputError(f"{example.where}: has no 'answer' to compare with")
-
-
-def _prompt(example: Example, tokenizer: Any) -> list[int]:
-    ids = encode_prompt(example, tokenizer)
-    if ids:
-        return ids
-    from deltaloom.engine.forward import start_token
-
-    start = start_token(tokenizer)
-    if start is None:
-        raise InputError(
-            f"{example.where}: the prompt is empty, and the tokenizer has neither a BOS nor an EOS "
-            "token to begin from"
-        )
-    return [start]
 
 
 def _keep(
