@@ -7,7 +7,6 @@ the last whole one, early stopping on a measurement passed in, and the cost ledg
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,9 +22,8 @@ from deltaloom.core.atomic import write_json
 from deltaloom.core.encoding import Encoded
 from deltaloom.core.errors import WorkError
 from deltaloom.core.method import Evaluation
-from deltaloom.core.progress import progress, say
 from deltaloom.core.run import Run
-from deltaloom.engine.meter import count_training
+from deltaloom.engine._watching import EarlyStop, Ledger
 from deltaloom.engine.objective import BeforeEpoch, Objective
 
 WHOLE = "whole.json"
@@ -127,7 +125,7 @@ def fit(
         trainer.add_callback(BeforeEpoch(objective, batches))
     trainer.companion, trainer.settings = companion, settings
     trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(_Ledger(run, settings, total, _step_of(last), earlier))
+    trainer.add_callback(Ledger(run, settings.trainable, total, _step_of(last), earlier))
     if companion is not None:
         trainer.add_callback(companion)
         if last is not None:
@@ -136,9 +134,7 @@ def fit(
     if after_epoch is not None:
         trainer.add_callback(_AfterEpoch(trainer, after_epoch))
     if evaluation is not None:
-        watcher = _EarlyStop(
-            trainer, tokenizer, evaluation, run, settings.patience, batches, earlier
-        )
+        watcher = EarlyStop(tokenizer, evaluation, run, settings.patience, batches, earlier)
         trainer.add_callback(watcher)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if watcher is not None:
@@ -250,133 +246,12 @@ class _Trainer(Trainer):
         return f"the last good checkpoint is {self.last_whole}"
 
 
-class _Ledger(TrainerCallback):
-    """Metrics to the run's log, tokens to its ledger, progress to stderr."""
-
-    def __init__(
-        self, run: Run, settings: TrainSettings, total: int, done: int, earlier: int
-    ) -> None:
-        self.run, self.settings, self.earlier = run, settings, earlier
-        self.total, self.done = total, done
-        self.tokens = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._context = progress("tuning", self.total, self.done)
-        self.advance = self._context.__enter__()
-        self.tokens = state.num_input_tokens_seen
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
-            values = {new: float(logs[old]) for old, new in names.items() if old in logs}
-            step = self.earlier + state.global_step
-            self.run.log(step=step, epoch=round(state.epoch, 6), **values)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._account(state, kwargs["model"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._account(state, kwargs["model"])
-        self._context.__exit__(None, None, None)
-
-    def _account(self, state: Any, model: Any) -> None:
-        seen = int(state.num_input_tokens_seen)
-        count_training(self.run, model, seen - self.tokens, trainable=self.settings.trainable)
-        self.tokens = seen
-        self.run.save()
-
-
 class _AfterEpoch(TrainerCallback):
     def __init__(self, trainer: Trainer, call: Callable[[Trainer, int], None]) -> None:
         self.trainer, self.call = trainer, call
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.call(self.trainer, round(state.epoch))
-
-
-class _EarlyStop(TrainerCallback):
-    """Measure now and then, keep the best weights, stop after `patience` without a better one."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        tokenizer: Any,
-        evaluation: Evaluation,
-        run: Run,
-        patience: int,
-        per_epoch: int,
-        earlier: int,
-    ) -> None:
-        self.trainer, self.tokenizer, self.evaluation, self.run = (
-            trainer,
-            tokenizer,
-            evaluation,
-            run,
-        )
-        self.patience, self.earlier = patience, earlier
-        self.every = evaluation.every or per_epoch
-        self.path = run.work / "evaluations.json"
-        self.weights = run.work / "best.safetensors"
-        self.history: list[dict[str, Any]] = []
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The best evaluation so far; the earliest of equals."""
-        return max(self.history, key=lambda one: (one["merit"], -one["step"]), default=None)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.path.exists():
-            past = json.loads(self.path.read_text(encoding="utf-8"))
-            self.history = [one for one in past if one["step"] <= state.global_step]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every:
-            return
-        model = kwargs["model"]
-        # What a measure writes beside its value is scratch here, not part of the product.
-        part = self.run.scratch("evaluation")
-        estimate = self.evaluation.method.measure(model, self.tokenizer, self.evaluation.data, part)
-        model.train()
-        merit = estimate.value if estimate.better == "higher" else -estimate.value
-        before = self.best
-        self.history.append({"step": state.global_step, "value": estimate.value, "merit": merit})
-        step = self.earlier + state.global_step
-        self.run.log(step=step, **{f"evaluation_{estimate.metric}": estimate.value})
-        if before is None or merit > before["merit"]:
-            _save_trainable(model, self.weights)
-        write_json(self.path, self.history)
-        best = self.best
-        assert best is not None
-        if sum(one["step"] > best["step"] for one in self.history) >= self.patience:
-            say(f"no better evaluation since step {best['step']}: stopping")
-            control.should_training_stop = True
-
-    def restore(self, model: Any) -> None:
-        """Put the best weights back."""
-        from safetensors.torch import load_file
-
-        if self.weights.exists():
-            found = load_file(self.weights)
-            with torch.no_grad():
-                for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                    if name in found:
-                        tensor.copy_(found[name])
-
-
-def _save_trainable(model: Any, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors = [(n, p.detach()) for n, p in model.named_parameters() if p.requires_grad]
-    # Buffers of integers may say where parameters belong, as a sparse adapter's do.
-    tensors += [(n, b) for n, b in model.named_buffers() if not b.dtype.is_floating_point]
-    named = {name: tensor.cpu().contiguous() for name, tensor in tensors}
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(named, temporary)
-    temporary.replace(path)
 
 
 def _arguments(
