@@ -114,9 +114,7 @@ def test_beginnings_are_rows_of_the_vocabulary_to_the_bit(home):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_start_is_where_training_begins(home, tmp_path, form):
-    tuned(
-        home, tmp_path / "out", form=form, start=str(home / form), lr=1e-30, batch_size=24
-    )
+    tuned(home, tmp_path / "out", form=form, start=str(home / form), lr=1e-30, batch_size=24)
     assert torch.equal(stored(tmp_path / "out"), stored(home / form))
     deltaloom.measure(
         "loss", base=home / "base", deltas=[home / form], tasks=home / "rows.jsonl",
