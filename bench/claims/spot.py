@@ -149,8 +149,10 @@ def over_seeds(values: list[float]) -> Estimate:
 
 
 def shown(values: list[float], sign: str = "") -> str:
-    """Mean and interval."""
+    """Mean, and its interval where seeds differ."""
     one = over_seeds(values)
+    if max(values) - min(values) < 1e-6:
+        return f"{one.value:{sign}.3f}"
     return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
