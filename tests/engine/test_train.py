@@ -98,6 +98,19 @@ def test_interrupted_after_a_checkpoint_ends_in_the_same_bytes(base, tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_what_follows_an_epoch_is_done_before_its_checkpoint_counts(base, tmp_path):
+    rows, run = rows_of(base, tmp_path), tiny.run_in(tmp_path / "run")
+    seen = []
+
+    def see(trainer, epoch):
+        seen.append((epoch, train._step_of(train._last_whole(run.work / "checkpoints"))))
+
+    do(base, rows, run, TrainSettings(**{**vars(SETTINGS), "save_steps": 0}), after_epoch=see)
+    batches = -(-len(rows) // SETTINGS.batch_size)
+    epochs = range(1, round(SETTINGS.epochs) + 1)
+    assert seen == [(epoch, (epoch - 1) * batches) for epoch in epochs]
+
+
 def test_half_a_checkpoint_is_ignored(base, tmp_path):
     rows = rows_of(base, tmp_path)
     run = tiny.run_in(tmp_path / "run")

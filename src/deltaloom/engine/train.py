@@ -92,9 +92,11 @@ def fit(
 ) -> Fitted:
     """Train `model` in place on `rows`; resumes from `run.work / folder` when it holds work.
 
-    `after_epoch(trainer, epoch)` is called at each epoch's end, before its checkpoint is written;
-    `objective` adds to the loss. `earlier` is the number of steps that an earlier phase of the same
-    run logged. Raises WorkError when the loss stops being finite or a checkpoint cannot be written.
+    `after_epoch(trainer, epoch)` is called before the checkpoint that ends an epoch is written, so
+    that what it leaves is there wherever training resumes; checkpoints must be epochs apart then
+    (`save_steps` 0). `objective` adds to the loss. `earlier` is the number of steps that an earlier
+    phase of the same run logged. Raises WorkError when the loss stops being finite or a checkpoint
+    cannot be written.
     """
     set_seed(run.seed)
     home = run.work / folder
@@ -131,8 +133,7 @@ def fit(
         if last is not None:
             companion.load(last)
     watcher = None
-    if after_epoch is not None:
-        trainer.add_callback(_AfterEpoch(trainer, after_epoch))
+    trainer.after_epoch, trainer.per_epoch = after_epoch, batches
     if evaluation is not None:
         watcher = EarlyStop(tokenizer, evaluation, run, settings.patience, batches, earlier)
         trainer.add_callback(watcher)
@@ -183,6 +184,8 @@ class _Trainer(Trainer):
     objective: Objective | None = None
     companion: Companion | None = None
     settings: TrainSettings
+    after_epoch: Callable[[Trainer, int], None] | None = None
+    per_epoch: int
 
     def compute_loss(
         self,
@@ -228,6 +231,9 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         goal = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        epochs, inside = divmod(self.state.global_step, self.per_epoch)
+        if self.after_epoch is not None and not inside:
+            self.after_epoch(self, epochs)
         try:
             super()._save_checkpoint(*args, **kwargs)
             if self.companion is not None:
@@ -244,14 +250,6 @@ class _Trainer(Trainer):
         if self.last_whole is None:
             return "no checkpoint was written yet"
         return f"the last good checkpoint is {self.last_whole}"
-
-
-class _AfterEpoch(TrainerCallback):
-    def __init__(self, trainer: Trainer, call: Callable[[Trainer, int], None]) -> None:
-        self.trainer, self.call = trainer, call
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.call(self.trainer, round(state.epoch))
 
 
 def _arguments(
