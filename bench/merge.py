@@ -233,14 +233,15 @@ def show(job: str, who: str, costs: list[Cost]) -> None:
 
 
 def bench(
-    models: list[Path], work: Path, python: str | None, repeats: int, quick: bool
+    models: list[Path], work: Path, python: str | None, repeats: int, quick: bool, jobs: list[str]
 ) -> list[dict]:
     """Every job, ours and the peer's in turn."""
     results = []
     interpreter = cost([sys.executable, "-c", "import numpy, torch"]).rss
     print(f"interpreter with torch loaded: {interpreter:.0f} MB")
     limit = None if quick else COPIES  # of a small case the start is all
-    for job, (*_, places, bound) in JOBS.items():
+    for job in jobs:
+        *_, places, bound = JOBS[job]
         show(job, "first run", [ours(job, models, work / "ours")])
         mine, theirs, copies = [], [], []
         fresh, fresh_copies = [], []
@@ -285,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small case, under 45 s")
     parser.add_argument("--peer-python", help="interpreter with mergekit 0.1.5")
+    parser.add_argument("--jobs", nargs="*", default=[*JOBS], choices=JOBS, help="all")
     parser.add_argument("--repeats", type=int, help="runs per job (3, quick 1)")
     options = parser.parse_args()
     python = options.peer_python
@@ -302,7 +304,7 @@ def main() -> None:
             f"{os.getloadavg()[0]:.1f}, {platform.machine()}, Python {platform.python_version()}"
         )
         repeats = options.repeats or (1 if options.quick else 3)
-        results = bench(models, work, python, repeats, options.quick)
+        results = bench(models, work, python, repeats, options.quick, options.jobs)
     print(json.dumps({"bench": "merge", "results": results}))
 
 

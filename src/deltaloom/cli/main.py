@@ -7,6 +7,7 @@ input or usage, 130 interrupted and resumable.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaloom.cli import look
+from deltaloom.cli import OFTEN, look
 from deltaloom.cli.arguments import nest, parse_pairs
 from deltaloom.cli.mergekit import mergekit
 from deltaloom.cli.show import emit, fail
@@ -77,6 +78,7 @@ def run(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
     from deltaloom.recipe.execute import run_recipe
     from deltaloom.recipe.steps import parse_recipe, read_yaml
 
+    _collect_often()
     pairs = parse_pairs(settings)
     out = Path(str(pairs.pop("out", Path("runs") / recipe.stem)))
     checked = parse_recipe(read_yaml(recipe), str(recipe), pairs)
@@ -104,6 +106,7 @@ def quickstart(settings: Pairs = None, json: Json = False) -> None:
     """The whole loop on the embedded lab: select, tune, merge, measure, report. out=, seed=."""
     from deltaloom.cli.quickstart import quickstart as start
 
+    _collect_often()
     pairs = parse_pairs(settings)
     out = Path(str(pairs.pop("out", "deltaloom-quickstart")))
     seed = pairs.pop("seed", 0)
@@ -135,6 +138,11 @@ app.command("check")(look.check)
 app.command("mergekit", add_help_option=False, context_settings=RAW)(mergekit)
 
 
+def _collect_often() -> None:
+    """Before work that may leave large tensors in cycles."""
+    gc.set_threshold(*OFTEN)
+
+
 def _one_step(verb: str, method: str, settings: list[str] | None, json: bool) -> None:
     from deltaloom.recipe.execute import run_step
     from deltaloom.recipe.steps import parse_step
@@ -143,6 +151,8 @@ def _one_step(verb: str, method: str, settings: list[str] | None, json: bool) ->
     out = pairs.pop("out", None)
     planned = parse_step(verb, pairs, f"{verb} {method}")
     folder = Path(str(out)) if out is not None else Path("runs") / planned.step.name
+    if verb != "merge" or "data" in planned.method.needs | planned.method.uses:
+        _collect_often()
     emit(folder, run_step(planned, folder), json)
 
 
