@@ -9,8 +9,9 @@ is the highest resident set (mapped file pages included) that the kernel or a 20
 /proc/PID/status saw. Beside each job stands reading its inputs and writing its output once, with
 the files in the page cache and after the kernel was told to forget them ("from disk").
 `--peer-python` is the interpreter of an environment with mergekit 0.1.5; without it the ratios are
-left out. The first run may compile the loops (cached on disk from then on) and is reported by
-itself, not in the medians.
+left out. The first run compiles the loops and Python's bytecode where no cache on disk has them and
+is reported by itself, not in the medians; a variable that forbids Python to keep its bytecode is
+taken away, since an installed package always has it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ BOTH_CORES = 0.8
 MEMORY_RATIO = 1 / 3
 MEMORY_MB = 600.0
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 # Our whole command, followed by preset, base=, deltas=, settings and out=.
 OURS = [sys.executable, "-m", "deltaloom", "merge"]
 TOKENIZER = {
@@ -128,7 +130,7 @@ def cost(command: list[str]) -> Cost:
     """Run a command to its end and measure it; raises when it fails."""
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
         peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)

@@ -10,16 +10,17 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from deltaloom.core.method import Entry, methods
+from deltaloom.core.spec import explain
 
 
 def page(entry: Entry) -> str:
     """Markdown of one method's page."""
     spec = importlib.util.find_spec(entry.module)
     doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    method = entry.load()
     rows = [
-        f"| `{name}` | `{entry.preset.get(name, field.get_default())}` "
-        f"| {' '.join((field.description or '').split())} |"
-        for name, field in entry.load().model_fields.items()
+        f"| `{name}` | `{entry.preset.get(name, field.get_default())}` | {explain(method, name)} |"
+        for name, field in method.model_fields.items()
     ]
     return "\n".join(
         [

@@ -47,7 +47,7 @@ class MergeOptions(BaseModel):
     and change nothing; any other is refused.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     random_seed: int | None = None
     """Seed of random choices; 0 when not given."""

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from deltaloom.core.method import Entry, get
+from deltaloom.core.spec import explain
 
 PARTS = ("Paper:", "Differs:", "Not covered:")
 KILLS = (0.25, 0.5, 0.75)
@@ -57,7 +58,8 @@ def documented(method: Entry, folder: Path) -> None:
     doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     missing = [part for part in PARTS if part not in doc]
     assert not missing, f"{method.module}: the docstring lacks {missing}"
-    bare = [name for name, field in method.load().model_fields.items() if not field.description]
+    made = method.load()
+    bare = [name for name in made.model_fields if not explain(made, name)]
     assert not bare, f"{method.name}: settings without a docstring: {bare}"
 
 

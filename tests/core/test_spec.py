@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.spec import Spec, canonical, digest, first_difference
+from deltaloom.core.spec import Spec, canonical, digest, explain, first_difference
 
 
 class Inner(Spec):
@@ -88,7 +88,20 @@ def test_good_values_are_kept_and_frozen():
 
 
 def test_the_docstring_is_the_fields_help():
-    assert Sample.model_fields["lr"].description == "Peak learning rate."
+    class Given(Sample):
+        lr: float = Field(0.2, description="Said in the field.")
+        path: str = "p"
+        """Said
+        anew."""
+
+    assert explain(Sample, "lr") == "Peak learning rate."
+    assert explain(Sample, "count") == ""
+    assert (explain(Given, "lr"), explain(Given, "path")) == ("Said in the field.", "Said anew.")
+    schema = Given.model_json_schema()
+    assert schema["properties"]["path"]["description"] == "Said\nanew."
+    assert schema["$defs"]["Inner"]["properties"]["model"]["description"] == (
+        "Hub id or local folder."
+    )
 
 
 def test_the_digest_changes_with_every_setting():

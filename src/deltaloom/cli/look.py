@@ -6,12 +6,14 @@ import ast
 import json as jsonlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.method import VERBS, Entry, methods
+from deltaloom.core.spec import explain
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
@@ -44,7 +46,7 @@ def show(
             "name": name,
             "default": entry.preset.get(name, field.get_default(call_default_factory=True)),
             "type": _type_name(field.annotation),
-            "help": " ".join((field.description or "").split()),
+            "help": explain(cls, name),
         }
         for name, field in sorted(
             cls.model_fields.items(), key=lambda item: item[0] not in cls.__annotations__
@@ -158,5 +160,15 @@ def _module_doc(entry: Entry) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
-    return text or str(annotation).replace("typing.", "").replace("deltaloom.", "")
+    """A type as its user writes it, without the checks that hang on it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in parts)
+    if origin is Literal:
+        return " | ".join(repr(part) for part in parts)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(part) for part in parts)}]"
+    named = {NoneType: "None", ...: "..."}.get(annotation)
+    return named or getattr(annotation, "__name__", str(annotation))

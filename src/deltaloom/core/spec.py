@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
-from typing import Any, Self, get_args
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltaloom.core.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 
 WANTED = {
     "float_parsing": "a number",
@@ -26,9 +38,9 @@ WANTED = {
 class Spec(BaseModel):
     """Base of every method and step: the field's docstring is its help, schema and docs text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
-    )
+    # Pydantic's own `use_attribute_docstrings` reads every class's source when it is defined: a
+    # tenth of the start of a command, for texts that few commands show.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Self:
@@ -37,6 +49,17 @@ class Spec(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise InputError(sentence(error, where, cls)) from None
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        for key, shape in handler.resolve_ref_schema(schema).get("properties", {}).items():
+            text = docstrings(cls).get(key)
+            if text:
+                shape.setdefault("description", text)
+        return schema
 
     def digest(self) -> str:
         """Sixteen hex digits that change when any setting does."""
@@ -71,9 +94,56 @@ def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseMo
 
 def field_help(cls: type[BaseModel], key: str) -> str:
     """`": what the field is for"`, from the field's own docstring."""
-    field = cls.model_fields.get(key)
-    text = field.description if field is not None else None
-    return f": {' '.join(text.split())}" if text else ""
+    text = explain(cls, key) if key in cls.model_fields else ""
+    return f": {text}" if text else ""
+
+
+def explain(cls: type[BaseModel], key: str) -> str:
+    """What the field `key` is for, one line from its docstring; empty when it has none."""
+    return " ".join((cls.model_fields[key].description or docstrings(cls).get(key, "")).split())
+
+
+@cache
+def docstrings(cls: type[BaseModel]) -> dict[str, str]:
+    """The text under each annotated name of a class and of the classes that it comes from."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[: cls.__mro__.index(BaseModel)]):
+        try:
+            path = inspect.getsourcefile(owner)
+        except (OSError, TypeError):  # a class typed at a prompt has no source
+            continue
+        if path:
+            found.update(_texts(path).get(owner.__qualname__, {}))
+    return found
+
+
+@cache
+def _texts(path: str) -> dict[str, dict[str, str]]:
+    """Class -> annotated name -> the text under it, of one source file."""
+    found: dict[str, dict[str, str]] = {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                found[prefix + node.name] = dict(_pairs(node.body))
+                visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                visit(node.body, f"{prefix}{node.name}.<locals>.")
+
+    visit(ast.parse(Path(path).read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def _pairs(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for node, after in pairwise(body):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
+            yield node.target.id, inspect.cleandoc(after.value.value)
 
 
 def canonical(value: Any) -> str:

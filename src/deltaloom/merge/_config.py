@@ -33,7 +33,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 class Part(BaseModel):
     """Any mapping of the file: frozen, and with its unknown keys kept for the report."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class Condition(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from deltaloom.core.base import BaseField
@@ -40,11 +41,16 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
+@cache
+def _schema(cls: type[Spec]) -> dict[str, Any]:
+    """Made once: methods share their verb's step, and rows of one table share their class."""
+    return cls.model_json_schema()
+
+
 def _one_step(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
-    step = STEPS[entry.verb].model_json_schema()
-    method = entry.load().model_json_schema()
+    step, method = _schema(STEPS[entry.verb]), _schema(entry.load())
     for schema in (step, method):
-        shared.update(schema.pop("$defs", {}))
+        shared.update(schema.get("$defs", {}))
     properties = {**step["properties"], **method["properties"]}
     properties["method"] = {"const": entry.name, "description": entry.summary}
     for key, value in entry.preset.items():

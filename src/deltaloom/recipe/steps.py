@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.method import VERBS, Method, get, methods
-from deltaloom.core.spec import Spec
+from deltaloom.core.spec import Spec, explain
 
 
 def _as_list(value: Any) -> Any:
@@ -297,5 +297,5 @@ def _path(name: str) -> str:
 
 
 def _help(cls: type[Step], key: str) -> str:
-    field = cls.model_fields[key]
-    return f" ({' '.join(field.description.split())})" if field.description else ""
+    text = explain(cls, key)
+    return f" ({text})" if text else ""

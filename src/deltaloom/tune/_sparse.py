@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaloom.core.deltas.sparse import Elements, Sparse
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Sizes
 from deltaloom.tune._gradient import GradientTuner
@@ -111,6 +110,7 @@ def publish(model: Any, base: Base, run: Run) -> Delta:
     """The tuned elements as a delta, written to `run.folder`."""
     from deltaloom.core.adapters.sparse import sparse_layers
     from deltaloom.core.delta import load
+    from deltaloom.core.deltas.sparse import Elements, Sparse
 
     elements = {
         f"{name}.weight": Elements(
