@@ -128,13 +128,16 @@ def error(values: tuple[float, ...]) -> str:
 
 
 def memory(work: Path) -> list[dict]:
-    """Peak memory of the pass over some rows and over them eight times; two workers."""
+    """Peak memory of the pass over n rows and over eight times as many; two workers.
+
+    Fewer rows would measure how long the allocator takes to reach its level: some 1,000 rows.
+    """
     lines = write_lab(work)["pool"].read_text().splitlines()
     (work / "few.jsonl").write_text("\n".join(lines[:32]) + "\n")
     for times in (1, 8):  # the same rows again, so that no batch is larger than before
         rows = [
             {**json.loads(line), "id": f"{again}-{i}"}
-            for again in range(times)
+            for again in range(4 * times)
             for i, line in enumerate(lines[:ROWS])
         ]
         text = "".join(json.dumps(one) + "\n" for one in rows)
@@ -148,7 +151,7 @@ def memory(work: Path) -> list[dict]:
         f"{eight['rows']}, whose features would be {whole:.0f} MB in float32"
     )
     results = [row("peak memory, 8 n rows - n rows", eight["mb"] - one["mb"], GROWTH_MB, "MB")]
-    words = (*script, work / "pool8.jsonl", "--workers")
+    words = (*script, work / "pool1.jsonl", "--workers")
     walls = [[child(*words, count)["wall"] for count in (1, 2)] for _ in range(2)]
     text = ", ".join(f"{one:.1f} and {two:.1f} s" for one, two in walls)
     print(f"wall seconds of one worker and of two, their start included: {text}")

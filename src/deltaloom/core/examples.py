@@ -7,6 +7,7 @@ prompt and `choices` with `answer` (its index or its text), or a prompt and `ans
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,7 +121,12 @@ class Examples(Sequence[Example]):
 
     def digest(self) -> str:
         """Sixteen hex digits that change when any row or their order does."""
-        return digest([item.to_row() for item in self._items])
+        # The bytes of `digest` of the list of rows, without all their text in memory at once.
+        found = hashlib.sha256(b"[")
+        for number, item in enumerate(self._items):
+            found.update(("," if number else "").encode() + canonical(item.to_row()).encode())
+        found.update(b"]")
+        return found.hexdigest()[:16]
 
     def write(self, path: Path, columns: dict[str, dict[str, Any]] | None = None) -> None:
         """Write JSONL; `columns` maps a column name to values by id, added to the rows."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaloom.core.encoding import encode
 from deltaloom.core.features import Features
+from deltaloom.core.packed import PackedRows, encode_packed
 from deltaloom.engine.embed import Pooling, embeddings
 from deltaloom.engine.forward import padding_token
 from deltaloom.engine.meter import forward_cost
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deltaloom.core.base import Base
-    from deltaloom.core.encoding import Encoded
     from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
 
@@ -37,8 +36,8 @@ def embedded(
     stored in the run's scratch is not made again.
     """
     limit = min(max_length or base.max_length, base.max_length)
-    rows = encode(data, base.tokenizer(), limit)
-    run.note(**{f"{name}_rows_cut": sum(row.truncated for row in rows)})
+    rows = encode_packed(data, base.tokenizer(), limit)
+    run.note(**{f"{name}_rows_cut": rows.cut})
     about = {
         "what": f"{name} embeddings",
         "base": base.fingerprint(),
@@ -64,7 +63,7 @@ def centred(groups: Mapping[str, Examples], base: Base, run: Run) -> dict[str, N
 class _Embedding(Job):
     """Embeds the rows of one shard."""
 
-    def __init__(self, base: Base, rows: list[Encoded], store: Features, pooling: Pooling) -> None:
+    def __init__(self, base: Base, rows: PackedRows, store: Features, pooling: Pooling) -> None:
         self.base, self.rows, self.store = base, rows, store
         self.pooling: Pooling = pooling
 

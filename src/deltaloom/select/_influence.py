@@ -5,7 +5,7 @@ Pool rows are Adam's steps, target rows plain gradients; both are projected and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from deltaloom.core.encoding import Encoded, encode
 from deltaloom.core.features import Features, require_same_space
+from deltaloom.core.packed import PackedRows, encode_packed
 from deltaloom.engine.gradients import sketched
 from deltaloom.engine.meter import training_cost
 from deltaloom.engine.projection import Kind, projection
@@ -23,7 +23,7 @@ from deltaloom.select._warmup import Epoch, load_epoch
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
-    from deltaloom.core.examples import Examples
+    from deltaloom.core.examples import Example, Examples
     from deltaloom.core.run import Run
     from deltaloom.tune.lora import Lora
 
@@ -40,10 +40,10 @@ class Sketching:
     dtype: str
     """How rows are stored."""
 
-    def encode(self, data: Examples) -> list[Encoded]:
+    def encode(self, data: Iterable[Example]) -> PackedRows:
         """Rows as the base sees them, cut to the warm-up's length."""
         longest = min(self.warmup.max_length or self.base.max_length, self.base.max_length)
-        return encode(data, self.base.tokenizer(), longest)
+        return encode_packed(data, self.base.tokenizer(), longest)
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Pass(Job):
     sketching: Sketching
     epoch: Epoch
     store: Features
-    rows: list[Encoded]
+    rows: PackedRows
     adam: bool
     goal: np.ndarray | None = field(default=None, repr=False)
     """(t, dim) unit rows."""
@@ -106,7 +106,7 @@ def gradient_pass(
         width, dtype, end = len(goal[0]), "float32", f"-{goal[0].digest()[:12]}"
     path = home / "features" / epoch.folder.name / f"{name}-{data.digest()[:12]}{end}"
     store = Features.create(path, data.ids, width, about=about, dtype=dtype)
-    rows = sketching.encode(data) if store.missing() else []
+    rows = sketching.encode(data if store.missing() else ())
     matrix = None if goal is None else goal[1]
     return fill(store, Pass(sketching, epoch, store, rows, name == "pool", matrix), run)
 
