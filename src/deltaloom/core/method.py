@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deltaloom.core.examples import Examples
     from deltaloom.core.features import Features
     from deltaloom.core.run import Run
+    from deltaloom.core.source_weights import SourceWeights
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 VERBS = ("select", "tune", "merge", "measure")
@@ -116,6 +117,8 @@ class Selection:
     """Width-one Features over the whole pool, when the method scores."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Optional row id -> why it was chosen, shown in reports."""
+    weights: SourceWeights | None = None
+    """Shares of the sources, from a method that finds them; `chosen` is then one epoch by them."""
 
 
 class Selector(Method):

@@ -23,6 +23,8 @@ from deltaloom.core.method import Evaluation, get
 from deltaloom.core.origin import Origin
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
+from deltaloom.core.source_weights import SourceWeights, epoch
+from deltaloom.core.spec import digest
 from deltaloom.recipe.card import write_card
 from deltaloom.recipe.steps import MeasureStep, MergeStep, Planned, Recipe, SharedStep, TuneStep
 
@@ -44,6 +46,7 @@ class Inputs:
         for name in getattr(self.step, "deltas", None) or ():
             if name != "base":
                 self.hashes[f"delta {name}"] = Base(model=self.folder(name)).fingerprint()
+        self.weights = self._weights()
 
     def folder(self, name: str) -> str:
         """The folder of an earlier step of this name, else the name itself."""
@@ -71,6 +74,14 @@ class Inputs:
             rows = Examples.read(self.folder(name))
             self.hashes[f"{key} {name}"] = rows.digest()
             found.append(rows)
+        return found
+
+    def _weights(self) -> SourceWeights | None:
+        name = getattr(self.step, "weights", None)
+        if name is None:
+            return None
+        found = SourceWeights.read(self.folder(name))
+        self.hashes[f"weights {name}"] = digest(found.record())
         return found
 
     def rows(self, key: str) -> Examples | None:
@@ -146,12 +157,16 @@ def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     if selection.reasons:
         columns["reason"] = selection.reasons
     selection.chosen.write(run.folder / SELECTED, columns)
-    return {
+    found = {
         "rows": len(selection.chosen),
         "pool_rows": len(pool),
         "pool_sources": dict(pool.sources()),
         "selected_sources": dict(selection.chosen.sources()),
     }
+    if selection.weights is not None:
+        selection.weights.write(run.folder)
+        found["weights"] = selection.weights.record()
+    return found
 
 
 def _tune(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
@@ -159,6 +174,8 @@ def _tune(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     assert isinstance(step, TuneStep)
     assert data is not None
     assert base is not None
+    if inputs.weights is not None:
+        data = _mixed(data, inputs.weights, base, run)
     delta = planned.method.tune(base, data, run, evaluation=_evaluation(step, inputs))
     about = {
         "base": base.model,
@@ -167,6 +184,23 @@ def _tune(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     }
     write_card(run.folder, planned.record(), about)
     return {"delta": delta.kind, "about": about}
+
+
+def _mixed(data: Examples, weights: SourceWeights, base: Base, run: Run) -> Examples:
+    """One epoch of the data by weights; how often rows are in it goes to the run's notes."""
+    lengths = None
+    if weights.unit == "tokens":
+        from deltaloom.core.encoding import encode
+
+        lengths = [len(row.input_ids) for row in encode(data, base.tokenizer(), base.max_length)]
+    mixed = epoch(data, weights, run.seed, lengths)
+    before, after = data.sources(), mixed.sources()
+    repeated = {name: round(n / before[name], 3) for name, n in after.items() if n > before[name]}
+    run.note(mixed_sources=dict(after), repeated_sources=repeated)
+    if repeated:
+        worst = max(repeated, key=lambda name: repeated[name])
+        say(f"an epoch has each row of {worst!r} {repeated[worst]:g} times")
+    return mixed
 
 
 def _evaluation(step: TuneStep, inputs: Inputs) -> Evaluation | None:

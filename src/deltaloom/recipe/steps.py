@@ -94,6 +94,9 @@ class TuneStep(Step):
 
     data: Names
     """Files, folders, dataset ids or earlier select steps to learn from."""
+    weights: str | None = None
+    """A `weights.json`, or an earlier select step that found weights: an epoch then has the shares
+    of `data`'s sources that it says, exactly; rows repeat only as often as it allows."""
     evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_as_evaluate)] = None
     """Stop early and keep the best weights by this measurement; a file name means its loss."""
 
@@ -149,6 +152,8 @@ class Planned:
             for key in (*self.step.data_keys, "deltas")
             if getattr(self.step, key, None)
         }
+        if isinstance(self.step, TuneStep) and self.step.weights is not None:
+            changes["weights"] = folder_of(self.step.weights)
         if self.step.base is not None:
             model = folder_of(self.step.base.model)
             changes["base"] = self.step.base.model_copy(update={"model": model})
@@ -286,6 +291,8 @@ def _absolute(step: Step) -> Step:
         names = getattr(step, key, None)
         if names:
             changes[key] = [_path(name) for name in names]
+    if isinstance(step, TuneStep) and step.weights is not None:
+        changes["weights"] = _path(step.weights)
     if step.base is not None:
         changes["base"] = step.base.model_copy(update={"model": _path(step.base.model)})
     return step.model_copy(update=changes)
