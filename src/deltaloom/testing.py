@@ -131,6 +131,8 @@ def run(method: Entry, out: Path, **settings: Any) -> None:
     if method.verb == "merge":
         looked_at = method.load().needs | method.load().uses
         given = {key: value for key, value in given.items() if key in ("base", *looked_at)}
+    if getattr(method.load(), "preferences", False):
+        given = {**given, "data": inputs("measure")["tasks"]}  # questions with right and wrong
     values = {**given, "method": method.name, "name": "step", **settings}
     run_step(parse_step(method.verb, values, method.name), out)
 

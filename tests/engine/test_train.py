@@ -13,6 +13,7 @@ from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer, Work
 from deltaloom.engine import train
+from deltaloom.engine._checkpoints import WHOLE, checkpoints, last_whole, step_of
 from deltaloom.engine.train import TrainSettings, collate, fit
 
 SETTINGS = TrainSettings(epochs=2, lr=1e-2, batch_size=8, warmup=0.0, schedule="constant")
@@ -103,7 +104,7 @@ def test_what_follows_an_epoch_is_done_before_its_checkpoint_counts(base, tmp_pa
     seen = []
 
     def see(trainer, epoch):
-        seen.append((epoch, train._step_of(train._last_whole(run.work / "checkpoints"))))
+        seen.append((epoch, step_of(last_whole(run.work / "checkpoints"))))
 
     do(base, rows, run, TrainSettings(**{**vars(SETTINGS), "save_steps": 0}), after_epoch=see)
     batches = -(-len(rows) // SETTINGS.batch_size)
@@ -115,8 +116,8 @@ def test_half_a_checkpoint_is_ignored(base, tmp_path):
     rows = rows_of(base, tmp_path)
     run = tiny.run_in(tmp_path / "run")
     whole = do(base, rows, run)
-    last = max((run.work / "checkpoints").glob("checkpoint-*"), key=train._step_of)
-    (last / train.WHOLE).unlink()
+    last = max((run.work / "checkpoints").glob("checkpoint-*"), key=step_of)
+    (last / WHOLE).unlink()
     (last / "optimizer.pt").write_bytes(b"half")
     assert torch.equal(do(base, rows, run), whole)
 
@@ -143,7 +144,7 @@ def test_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
         patch.setattr(train.Trainer, "_save_optimizer_and_scheduler", full)
         with pytest.raises(WorkError, match=r"No space left.*last good checkpoint is .*point-2"):
             do(base, rows, run, settings)
-    assert [p.name for p in train._checkpoints(run.work / "checkpoints")] == ["checkpoint-2"]
+    assert [p.name for p in checkpoints(run.work / "checkpoints")] == ["checkpoint-2"]
     whole = do(base, rows, tiny.run_in(tmp_path / "whole"), settings)
     assert torch.equal(do(base, rows, run, settings), whole)
 

@@ -143,12 +143,25 @@ def test_the_filter_drops_the_least_alike_one_by_one():
     left = list(range(6))
     while len(left) > 2:
         both = (matrix + matrix.T)[np.ix_(left, left)] / 2
-        np.fill_diagonal(both, 0)
-        means = both.sum(1) / (len(left) - 1)
-        if means.min() >= 0.1:
+        np.fill_diagonal(both, 1)
+        means = both.mean(1)
+        if means.min() >= 0.2:
             break
         left.pop(int(means.argmin()))
-    assert _kinship.kept(similarity, 0.1) == [names[k] for k in left]
+    assert _kinship.kept(similarity, 0.2) == [names[k] for k in left]
+
+
+def test_a_task_that_the_joint_step_harms_is_the_one_below_zero():
+    rng = np.random.default_rng(1)
+    units = rng.normal(size=(5, 8))
+    units[4] = -units[:4].mean(0) + 0.1 * units[4]
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    cosines = units @ units.T
+    harmed = units @ units.mean(0) < 0
+    assert harmed.tolist() == [False] * 4 + [True]
+    names = "abcde"
+    similarity = {a: {b: cosines[i, j] for j, b in enumerate(names)} for i, a in enumerate(names)}
+    assert _kinship.kept(similarity, 0.0) == list("abcd")
 
 
 def test_a_task_that_pulls_away_is_left_out_and_named(setting, tmp_path):
@@ -157,7 +170,7 @@ def test_a_task_that_pulls_away_is_left_out_and_named(setting, tmp_path):
         tmp_path / "rows.jsonl", a=(12, "oslo"), b=(12, "oslo"), c=(12, "oslo"), odd=(12, "lima")
     )
     run = tiny.run_in(tmp_path / "run", seed=3)
-    method = Staged(**SMALL, filter="transfer", probe_steps=6, threshold=0.2, epochs=1)
+    method = Staged(**SMALL, filter="transfer", probe_steps=6, threshold=0.4, epochs=1)
     method.tune(base, data, run)
     assert run.record["notes"]["left_out"] == ["odd"]
     assert all("odd" not in stage["rows"] for stage in run.record["notes"]["stages"])

@@ -2,7 +2,9 @@
 
 A row is one of: chat `messages` (or ShareGPT `conversations`); `prompt` and `completion` (or the
 common other names in `PROMPTS` and `RESPONSES`); plain `text`. A question for measuring has a
-prompt and `choices` with `answer` (its index or its text), or a prompt and `answer`.
+prompt and `choices` with `answer` (its index or its text), or a prompt and `answer`. A preference
+has a prompt (text or messages) with `chosen` and `rejected`, or those two as whole conversations;
+what is preferred stays in `extra`.
 """
 
 from __future__ import annotations
@@ -170,6 +172,10 @@ def _content(where: str, row: dict[str, Any]) -> dict[str, Any]:
                     f"{where}: {key!r} must be a list of messages, not {type(row[key]).__name__}"
                 )
             return {"messages": _messages(where, row.pop(key))} | _question(where, row)
+    if isinstance(row.get("prompt"), list):
+        return {"messages": _messages(where, _turns(where, row))}
+    if "prompt" not in row and isinstance(row.get("chosen"), list):
+        return {"messages": _messages(where, _shared(where, row))}
     prompt = _first(where, row, PROMPTS)
     if prompt is not None:
         extra_input = _first(where, row, ("input",))
@@ -185,6 +191,25 @@ def _content(where: str, row: dict[str, Any]) -> dict[str, Any]:
     raise InputError(
         f"{where}: found neither 'messages', 'prompt' nor 'text' among {sorted(row) or 'no fields'}"
     )
+
+
+def _turns(where: str, row: dict[str, Any]) -> list[Any]:
+    """A prompt of messages, and the completion's after it."""
+    completion = row.pop("completion", [])
+    if not isinstance(completion, list):
+        raise InputError(f"{where}: 'prompt' is a list of messages, so 'completion' must be one")
+    return [*row.pop("prompt"), *completion]
+
+
+def _shared(where: str, row: dict[str, Any]) -> list[Any]:
+    """What two whole conversations, `chosen` and `rejected`, begin with alike."""
+    chosen, rejected = row["chosen"], row.get("rejected")
+    if not isinstance(rejected, list):
+        raise InputError(f"{where}: 'chosen' is a list of messages, so 'rejected' must be one")
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    return chosen[:count]
 
 
 def _question(where: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,8 @@ class Tuner(Method):
     """Tunes a base on examples."""
 
     verb = "tune"
+    preferences: ClassVar[bool] = False
+    """Whether rows must say which answer is better, and not only what to learn."""
 
     @abstractmethod
     def tune(

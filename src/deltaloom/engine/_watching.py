@@ -13,7 +13,7 @@ from deltaloom.core.atomic import write_json
 from deltaloom.core.method import Evaluation
 from deltaloom.core.progress import progress, say
 from deltaloom.core.run import Run
-from deltaloom.engine.meter import count_training
+from deltaloom.engine.meter import count_forward, count_training
 
 Trained = Literal["all", "adapter"]
 
@@ -21,8 +21,17 @@ Trained = Literal["all", "adapter"]
 class Ledger(TrainerCallback):
     """Metrics to the run's log, tokens to its ledger, progress to stderr."""
 
-    def __init__(self, run: Run, trainable: Trained, total: int, done: int, earlier: int) -> None:
-        self.run, self.earlier = run, earlier
+    def __init__(
+        self,
+        run: Run,
+        trainable: Trained,
+        total: int,
+        done: int,
+        earlier: int,
+        beside: int = 0,
+    ) -> None:
+        """`beside` is how many forward passes go with each trained one, of a reference say."""
+        self.run, self.earlier, self.beside = run, earlier, beside
         self.trainable: Trained = trainable
         self.total, self.done = total, done
         self.tokens = 0
@@ -39,6 +48,7 @@ class Ledger(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" in logs:
             names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
+            names |= {"rewards/margins": "reward_margin", "kl": "kl"}
             values = {new: float(logs[old]) for old, new in names.items() if old in logs}
             step = self.earlier + state.global_step
             self.run.log(step=step, epoch=round(state.epoch, 6), **values)
@@ -53,6 +63,8 @@ class Ledger(TrainerCallback):
     def _account(self, state: Any, model: Any) -> None:
         seen = int(state.num_input_tokens_seen)
         count_training(self.run, model, seen - self.tokens, trainable=self.trainable)
+        if self.beside:
+            count_forward(self.run, model, self.beside * (seen - self.tokens))
         self.tokens = seen
         self.run.save()
 

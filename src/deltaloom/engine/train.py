@@ -8,7 +8,6 @@ the last whole one, early stopping on a measurement passed in, and the cost ledg
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from deltaloom.core.atomic import write_json
 from deltaloom.core.encoding import Encoded
-from deltaloom.core.errors import WorkError
 from deltaloom.core.method import Evaluation
 from deltaloom.core.run import Run
+from deltaloom.engine._checkpoints import Whole, checkpoints, last_whole, step_of
 from deltaloom.engine._watching import EarlyStop, Ledger
 from deltaloom.engine.objective import BeforeEpoch, Objective
-
-WHOLE = "whole.json"
-"""Marker written last into a checkpoint: without it the checkpoint was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +95,12 @@ def fit(
     """
     set_seed(run.seed)
     home = run.work / folder
-    last = _last_whole(home)
-    run.rewind(earlier + _step_of(last))
+    last = last_whole(home)
+    run.rewind(earlier + step_of(last))
     batches = math.ceil(len(rows) / settings.batch_size)
     total = math.ceil(batches * settings.epochs)
     every = batches if settings.save_steps == 0 else settings.save_steps or math.ceil(total / 10)
-    arguments = _arguments(settings, home, total, every, run.seed)
+    arguments = TrainingArguments(**training_arguments(settings, home, total, every, run.seed))
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -127,7 +122,7 @@ def fit(
         trainer.add_callback(BeforeEpoch(objective, batches))
     trainer.companion, trainer.settings = companion, settings
     trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(Ledger(run, settings.trainable, total, _step_of(last), earlier))
+    trainer.add_callback(Ledger(run, settings.trainable, total, step_of(last), earlier))
     if companion is not None:
         trainer.add_callback(companion)
         if last is not None:
@@ -141,7 +136,7 @@ def fit(
     if watcher is not None:
         watcher.restore(model)
     return Fitted(
-        model, trainer.state.global_step, watcher.best if watcher else None, _checkpoints(home)
+        model, trainer.state.global_step, watcher.best if watcher else None, checkpoints(home)
     )
 
 
@@ -177,10 +172,9 @@ class _Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-class _Trainer(Trainer):
-    """Stops at a loss that is not finite; leaves no half-written checkpoint."""
+class _Trainer(Whole, Trainer):
+    """Labels and losses of rows and of classifiers, and what a method adds."""
 
-    last_whole: Path | None = None
     objective: Objective | None = None
     companion: Companion | None = None
     settings: TrainSettings
@@ -221,85 +215,51 @@ class _Trainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if self.objective is not None:
             self.objective.end_batch()
-        if not torch.isfinite(loss):
-            step = self.state.global_step + 1
-            raise WorkError(
-                f"the loss is {loss.item()} at step {step}; {self._fallback()}; "
-                f"try a smaller lr (it is {self.args.learning_rate:g}) or float32"
-            )
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        goal = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         epochs, inside = divmod(self.state.global_step, self.per_epoch)
         if self.after_epoch is not None and not inside:
             self.after_epoch(self, epochs)
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-            if self.companion is not None:
-                self.companion.save(goal)
-            write_json(goal / WHOLE, {"step": self.state.global_step})
-        except Exception as error:
-            shutil.rmtree(goal, ignore_errors=True)
-            raise WorkError(
-                f"checkpoint {goal} could not be written ({error}); {self._fallback()}"
-            ) from error
-        self.last_whole = goal
+        super()._save_checkpoint(*args, **kwargs)
 
-    def _fallback(self) -> str:
-        if self.last_whole is None:
-            return "no checkpoint was written yet"
-        return f"the last good checkpoint is {self.last_whole}"
+    def add_to(self, checkpoint: Path) -> None:
+        if self.companion is not None:
+            self.companion.save(checkpoint)
 
 
-def _arguments(
+def training_arguments(
     settings: TrainSettings, home: Path, total: int, every: int, seed: int
-) -> TrainingArguments:
+) -> dict[str, Any]:
+    """Of `transformers.TrainingArguments`, for `total` steps with a checkpoint `every` so many."""
     micro = settings.micro_batch or settings.batch_size
     # A logged loss is the mean since the last one: windows must not reach over a checkpoint.
     window = max(n for n in range(1, max(1, total // 100) + 1) if every % n == 0)
-    return TrainingArguments(
-        output_dir=str(home),
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.lr,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // micro,
-        lr_scheduler_type=settings.schedule,
+    return {
+        "output_dir": str(home),
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.lr,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // micro,
+        "lr_scheduler_type": settings.schedule,
         # Rounded down: rounded up, a run of few steps would make its first one with lr 0.
-        warmup_steps=int(settings.warmup * total),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
-        bf16=settings.precision == "bfloat16",
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=settings.keep,
-        logging_steps=window,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        seed=seed,
-        data_seed=seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-    )
-
-
-def _checkpoints(home: Path) -> list[Path]:
-    found = [path for path in home.glob("checkpoint-*") if (path / WHOLE).exists()]
-    return sorted(found, key=_step_of)
-
-
-def _last_whole(home: Path) -> Path | None:
-    whole = _checkpoints(home)
-    for path in home.glob("checkpoint-*"):
-        if path not in whole:
-            shutil.rmtree(path)
-    return whole[-1] if whole else None
-
-
-def _step_of(path: Path | None) -> int:
-    return int(path.name.rpartition("-")[2]) if path else 0
+        "warmup_steps": int(settings.warmup * total),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.clip,
+        "bf16": settings.precision == "bfloat16",
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": settings.keep,
+        "logging_steps": window,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "seed": seed,
+        "data_seed": seed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+    }

@@ -82,20 +82,21 @@ def by_transfer(
 
 
 def kept(similarity: Similarity, threshold: float) -> list[str]:
-    """Tasks after those least like the rest are dropped one by one, two left at least.
+    """Tasks after those that fit the rest least are dropped one by one, two left at least.
 
-    How alike a task and the rest are is the mean over the rest of the similarity both ways.
+    How a task fits is the mean of its similarities with all that are left, itself (1) too, both
+    ways. With cosines of gradients u that is u_k . mean(u): below 0 a step for all tasks together
+    makes the loss of this one larger, to first order.
     """
     left = sorted(similarity)
 
-    def with_rest(name: str) -> float:
-        rest = [other for other in left if other != name]
-        both = [(similarity[name][one] + similarity[one][name]) / 2 for one in rest]
-        return sum(both) / len(both)
+    def fit_of(name: str) -> float:
+        both = [(similarity[name][one] + similarity[one][name]) / 2 for one in left if one != name]
+        return (1 + sum(both)) / len(left)
 
     while len(left) > 2:
-        worst = min(left, key=lambda name: (with_rest(name), name))
-        if with_rest(worst) >= threshold:
+        worst = min(left, key=lambda name: (fit_of(name), name))
+        if fit_of(worst) >= threshold:
             break
         left.remove(worst)
     return left

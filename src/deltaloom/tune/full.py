@@ -13,7 +13,7 @@ Not covered: optimizer states in eight bits, tuning of chosen layers only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ from deltaloom.core.method import Evaluation, Sizes, Work
 from deltaloom.tune._gradient import GradientTuner, train
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
@@ -48,17 +50,23 @@ class Full(GradientTuner):
         self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
     ) -> Delta:
         """Tune `base`; writes a model folder to `run.folder` and returns its dense Delta."""
-        import torch
         from transformers import set_seed
 
         set_seed(run.seed)  # decides a classifier's new head
         model = base.load(dtype="float32", new_head=True)
         model.train()
         model = train(model, base, data, run, self, self.train_settings(self.lr), evaluation)
-        stored = base.config().get("dtype") or base.config().get("torch_dtype") or "float32"
         result = run.work / "result"
-        model.to(getattr(torch, stored)).save_pretrained(result)
-        base.tokenizer().save_pretrained(result)
-        describe(result, "dense", base)
+        save_model(model, result, base)
         run.publish(result)
         return load(run.folder, base)
+
+
+def save_model(model: Any, folder: Path, base: Base) -> None:
+    """Write a model folder in the base's own type, a dense Delta of it."""
+    import torch
+
+    stored = base.config().get("dtype") or base.config().get("torch_dtype") or "float32"
+    model.to(getattr(torch, stored)).save_pretrained(folder)
+    base.tokenizer().save_pretrained(folder)
+    describe(folder, "dense", base)

@@ -72,13 +72,11 @@ class Lora(GradientTuner):
         run.publish(result)
         return load(run.folder, base)
 
-    def attach(self, base: Base, seed: int) -> Any:
-        """`base` loaded, with fresh adapters in float32 that `seed` decides."""
-        from peft import LoraConfig, get_peft_model
-        from transformers import set_seed
+    def config(self, base: Base) -> Any:
+        """The adapters as PEFT takes them."""
+        from peft import LoraConfig
 
-        set_seed(seed)
-        config = LoraConfig(
+        return LoraConfig(
             task_type="SEQ_CLS" if base.labels else "CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
@@ -86,6 +84,14 @@ class Lora(GradientTuner):
             use_rslora=self.rslora,
             target_modules=self.modules or "all-linear",
         )
+
+    def attach(self, base: Base, seed: int) -> Any:
+        """`base` loaded, with fresh adapters in float32 that `seed` decides."""
+        from peft import get_peft_model
+        from transformers import set_seed
+
+        set_seed(seed)
+        config = self.config(base)
         model = base.load(new_head=True)
         try:
             model = get_peft_model(model, config)

@@ -3,7 +3,8 @@
 Paper: Qu et al. 2024, "Deploying Multi-task Online Server with Large Language Model" (arXiv
 2411.03644; COLING 2025 industry track). No code was released.
 
-1. Filter: tasks whose mean similarity with the others is below `threshold` are left out.
+1. Filter: tasks whose mean similarity with all that are kept, themselves too, is below `threshold`
+are left out, the least fitting first.
 2. High-resource: the kept tasks with at least `high` rows, task k with share ~ n_k^(1/T), T the
 first of `temperatures`. 3. All kept tasks, T the second. A task is what has one `source`.
 
@@ -58,8 +59,9 @@ class Staged(GradientSettings, Tuner):
     """Similarity of tasks: cosine of their mean gradients, or the part of a task's own gain that
     tuning on another gives; `none` keeps all (ours; the paper's is not known)."""
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Mean similarity with the other tasks below which a task is left out (ours: 0, where it pulls
-    the others away)."""
+    """Mean similarity with the kept tasks, itself as 1, below which a task is left out. With
+    gradients 0 is where a step for all tasks together makes this one worse (ours; the paper's is
+    not known)."""
     probe_steps: Annotated[int, Field(ge=0)] = 20
     """Steps before similarity is measured: on all tasks together for gradients (which at the base
     itself tell the format rather than the task), on each task for transfer (ours)."""
