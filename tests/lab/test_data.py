@@ -51,6 +51,17 @@ def test_schema_and_no_leak(paths):
             assert len(set(row["choices"])) == 10
 
 
+def test_questions_are_about_people_of_the_pool(paths, world):
+    rows, tests = read(paths["questions"]), [read(paths[f"test-{name}"]) for name in TARGETS]
+    assert len({row["id"] for row in rows}) == len(rows) == 3 * len({r["cluster"] for r in rows})
+    assert {row["source"] for row in rows} == set(TARGETS)
+    tested = {row["cluster"] for part in tests for row in part}
+    for row in rows:
+        assert row["cluster"] not in tested
+        right = f" {world.facts[row['cluster']][row['source']]}"
+        assert row["choices"][row["answer"]] == right
+
+
 def test_wrong_labels_are_wrong_and_right_ones_right(world, full):
     _, pool, truth = full
     seen = Counter()

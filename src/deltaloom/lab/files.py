@@ -23,7 +23,7 @@ SIZES = {"full": (5500, 60, 4), "small": (300, 30, 2)}
 
 
 def write_lab(folder: str | Path, seed: int = 0, size: str = "full") -> dict[str, Path]:
-    """Write the base model, the pool, targets, tests and the truth; returns their paths.
+    """Write the base model, pool, questions, targets, tests and the truth; returns their paths.
 
     The base is always the same; `seed` draws the pool and who is in the pool, the targets and the
     tests. `size` is `full` (5,500 pool rows) or `small` (300, for tests). Running it again writes
@@ -37,10 +37,12 @@ def write_lab(folder: str | Path, seed: int = 0, size: str = "full") -> dict[str
     world = build_world()
     split = tasks.split_people(world, seed)
     pool, truth = tasks.pool_records(tasks.draw_pool(world, split.pool, rows, seed))
+    asked = [row for n in tasks.TARGETS for row in tasks.questions(world, split.pool, n, seed)]
     paths = {
         "base": _write_model(folder / "base", shipped_model),
         "pool": _write_jsonl(folder / "pool.jsonl", pool),
         "truth": _write_jsonl(folder / "truth.jsonl", truth),
+        "questions": _write_jsonl(folder / "questions.jsonl", asked),
     }
     for name in tasks.TARGETS:
         target = tasks.target_records(world, split.target, name, seed)

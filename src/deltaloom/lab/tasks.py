@@ -271,6 +271,13 @@ def test_records(
     ]
 
 
+def questions(world: World, people: tuple[str, ...], target: str, seed: int) -> list[dict]:
+    """A question about each of `people` as in the test, to learn what is right and what is wrong:
+    preferences that need no judge."""
+    rows = test_records(world, people, target, 1, seed)
+    return [{**row, "id": row["id"].replace("test-", "question-", 1)} for row in rows]
+
+
 def _surveys(name: str, attribute: str, count: int, rng: random.Random) -> list[str]:
     """`count` different wordings of one question."""
     forms = [(opener, verb) for opener in OPENERS for verb in VERBS[attribute]]
