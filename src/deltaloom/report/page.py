@@ -17,10 +17,12 @@ from deltaloom.core.errors import InputError
 from deltaloom.report import (
     cost,
     headline,
+    mixture,
     numbers,
     provenance,
     quality,
     selection,
+    stages,
     suspicion,
     svg,
     training,
@@ -70,6 +72,8 @@ def render(report: Report) -> str:
         ledger=cost.ledger(report),
         training=_training(report),
         selections=[_selection(one, largest) for one in chosen],
+        mixtures=[_mixture(one) for one in mixture.mixtures(report)],
+        staged=stages.staged(report),
         suspicions=[_suspicion(one) for one in suspicion.suspicions(report)],
         inputs=provenance.inputs(report),
         versions=provenance.versions(report),
@@ -219,6 +223,15 @@ def _selection(one: selection.Selection, largest: float | None) -> dict[str, Any
         ]
         sources = svg.bars(bars, f"Share of each source before and after {one.label}", largest)
     return {"of": one, "chart": chart, "sources": sources}
+
+
+def _mixture(one: mixture.Mixture) -> dict[str, Any]:
+    charts = [
+        (target, svg.intervals(rows, 0.0, f"Effect of each source on {target}, best first"))
+        for target, rows in one.charts
+        if rows
+    ]
+    return {"of": one, "charts": charts}
 
 
 def _suspicion(one: suspicion.Suspicion) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from deltaloom.core.errors import InputError
 from deltaloom.core.run import COUNTERS, PEAKS, Run
 
-INPUTS = ("pool", "target", "data", "deltas", "tasks")
+INPUTS = ("pool", "target", "data", "weights", "deltas", "tasks")
 """Settings that name data or earlier steps, besides `base`."""
 STATUS = {
     "done": "done",
