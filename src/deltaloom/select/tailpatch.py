@@ -119,7 +119,7 @@ class Tailpatch(MixtureSelector):
         """
         assert target is not None
         assert base is not None
-        rows = _by(pool, [row.source for row in pool])
+        rows = by_name(pool, [row.source for row in pool])
         if len(rows) < 2:
             raise InputError(f"{pool.name}: has one source only; there is nothing to weigh")
         patches = self._patches(pool, target, base, tuple(rows), run)
@@ -138,7 +138,7 @@ class Tailpatch(MixtureSelector):
         from deltaloom.core.source_weights import SourceWeights, epoch
         from deltaloom.select._patches import Patches
 
-        targets = _by(target, [row.group or row.source for row in target])
+        targets = by_name(target, [row.group or row.source for row in target])
         open_model = self._opened(base, run)
         patches = Patches(base, self.tuning, self._measurer(), targets, run, open_model, sources)
         warmup = None
@@ -216,7 +216,7 @@ class Tailpatch(MixtureSelector):
         return weights, about
 
 
-def _by(rows: Examples, names: list[str]) -> dict[str, Examples]:
+def by_name(rows: Examples, names: list[str]) -> dict[str, Examples]:
     """Rows of each name, names in order."""
     found: dict[str, list[int]] = {}
     for number, name in enumerate(names):
