@@ -3,15 +3,15 @@
     python bench/claims/staged.py [--quick] [--seeds N] [--first SEED] [--work DIR]
 
 Eight tasks. Three ask for attributes and have 208 rows (`birth`, `home`, `door`), three others
-have 24 (`holiday`, `boat`, `hat`). Two with 208 rows are unlike: `echo` uses the same words and asks
-for the person that was named, `rumour` asks for `birth` in another scaffold and is answered with
-another town. Arms: a LoRA for each task; one LoRA on all rows as they are; one on the rows that the
-gradient or the transfer filter keeps; `tune staged` with its defaults but for the tuning itself
-(filter, high-resource, all); the same without the filter. Joint arms see `EPOCHS` passes over their
-rows, single-task models the same passes over their own or `LEAST` steps, whichever is more. A task
-that an arm leaves out is answered by its single-task model, as it would be served. Questions are
-about people who are in no training row. The seed draws people, rows and orders; it is the random
-unit: differences are taken within a seed, intervals are Student's t over seeds.
+have 24 (`holiday`, `boat`, `hat`). Two with 208 rows are unlike: `echo` uses the same words and
+asks for the person that was named, `rumour` asks for `birth` in another scaffold and is answered
+with another town. Arms: a LoRA for each task; one LoRA on all rows as they are; one on the rows
+that the gradient or the transfer filter keeps; `tune staged` with its defaults but for the tuning
+itself (filter, high-resource, all); the same without the filter. Joint arms see `EPOCHS` passes
+over their rows, single-task models the same passes over their own or `LEAST` steps, whichever is
+more. A task that an arm leaves out is answered by its single-task model, as it would be served.
+Questions are about people who are in no training row. The seed draws people, rows and orders; it
+is the random unit: differences are taken within a seed, intervals are Student's t over seeds.
 """
 
 from __future__ import annotations

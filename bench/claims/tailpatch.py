@@ -5,11 +5,11 @@
 The lab's pool has twelve sources: `survey` and `register` ask the targets' questions and answer
 them rightly (a tenth of `survey` is mislabelled), `forum` answers them with another role's value,
 the others ask for something else. Tail-patch gets 32 rows of each of the three targets and weighs
-the sources; a LoRA is then tuned on as many rows as `EPOCHS` passes over the pool have: of the pool
-as it is, of FLAMe's bundles, of our continuous weights from the same effects. All are asked about
-people who are in no other file. What tail-patch spends is every token that went through the model: the
-checkpoint, the patches and the targets. The seed draws pool, people, rows and orders; it is the
-random unit: differences are taken within a seed, intervals are Student's t over seeds.
+the sources; a LoRA is then tuned on as many rows as `EPOCHS` passes over the pool have: of the
+pool as it is, of FLAMe's bundles, of our continuous weights from the same effects. All are asked
+about people who are in no other file. What tail-patch spends is every token that went through the
+model: the checkpoint, the patches and the targets. The seed draws pool, people, rows and orders;
+it is the random unit: differences are taken within a seed, intervals are Student's t over seeds.
 """
 
 from __future__ import annotations

@@ -97,6 +97,18 @@ def test_tuning_reads_the_weights_of_a_step_and_of_a_file(pool, tmp_path):
     deltaloom.run(replay, out=tmp_path / "again")
 
 
+def test_tuning_mixes_by_tokens(pool, tmp_path):
+    from deltaloom.core.base import Base
+    from deltaloom.recipe.execute import _mixed
+
+    base, rows = Base(model=str(tiny.base_in(tmp_path / "base"))), Examples.read(pool)
+    weights = SourceWeights({"large": 1, "middle": 1, "small": 0}, "tokens", 80)
+    run = tiny.run_in(tmp_path / "run")
+    mixed = _mixed(rows, weights, base, run)
+    assert 3 <= mixed.sources()["large"] <= 20
+    assert run.record["notes"]["repeated_sources"] == {}
+
+
 def test_weights_that_name_no_source_end_before_any_work(pool, tmp_path):
     base = str(tiny.base_in(tmp_path / "base"))
     by_hand = tmp_path / "mine.json"

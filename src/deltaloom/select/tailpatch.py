@@ -1,7 +1,8 @@
 """Weigh sources by what a few steps on each alone change on the targets (tail-patch).
 
 Paper: Vu et al. 2024, "Foundational Autoraters: Taming Large Language Models for Better Automatic
-Evaluation" (FLAMe, arXiv 2407.10817), FLAMe-Opt-RM. No code was released.
+Evaluation" (FLAMe, arXiv 2407.10817), FLAMe-Opt-RM. No code was released; the numbers of ratings
+and bundles are quoted second-hand.
 
 From a checkpoint partly trained on the mixture as it is, each source s gets a few steps alone. Its
 effect d_st on target t is the change of the measure, better being positive. Ratings: helpful 2,

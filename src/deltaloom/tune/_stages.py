@@ -32,6 +32,14 @@ class Drawn:
     rows: Examples
     times: dict[str, float]
 
+    def summary(self) -> str:
+        """One line, with the task whose rows are seen most often."""
+        most = max(self.times, key=lambda name: self.times[name])
+        return (
+            f"{len(self.rows)} rows of {len(self.times)} tasks; each row of {most!r} is seen "
+            f"{self.times[most]:g} times"
+        )
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -121,7 +129,7 @@ def train_stages(
                 for name, tensor in load_file(kept).items():
                     model.get_parameter(name).copy_(tensor)
         else:
-            say(f"stage {stage.name}: {len(rows)} rows of {len(stage.drawn.times)} tasks")
+            say(f"stage {stage.name}: {stage.drawn.summary()}")
             settings = lora.train_settings(stage.lr, epochs=1, trainable="adapter")
             pad, folder = tokenizer.pad_token_id, f"stage-{number}"
             fit(model.train(), rows, pad, settings, run, folder=folder, earlier=steps)
