@@ -153,8 +153,8 @@ def test_the_filter_drops_the_least_alike_one_by_one():
 
 def test_a_task_that_the_joint_step_harms_is_the_one_below_zero():
     rng = np.random.default_rng(1)
-    units = rng.normal(size=(5, 8))
-    units[4] = -units[:4].mean(0) + 0.1 * units[4]
+    units = 1 + 0.5 * rng.normal(size=(5, 8))
+    units[4] *= -1
     units /= np.linalg.norm(units, axis=1, keepdims=True)
     cosines = units @ units.T
     harmed = units @ units.mean(0) < 0
