@@ -164,6 +164,9 @@ def test_bad_input_is_said(setting, tmp_path):
     one = Examples([row for row in pool if row.source == "right"], "one.jsonl")
     with pytest.raises(InputError, match="one source only"):
         Tailpatch().select(one, tiny.run_in(tmp_path / "a"), target=target, base=base)
+    few = tiny.run_in(tmp_path / "b")
+    with pytest.raises(InputError, match=r"line 1: is the only row of the target 'lives'"):
+        Tailpatch().select(pool, few, target=target[:1], base=base)
     with pytest.raises(InputError, match=r"rungs = 3 must divide steps = 20"):
         Tailpatch.parse({"rungs": 3}, "select tailpatch")
     with pytest.raises(InputError, match="no measure method"):

@@ -115,8 +115,8 @@ class Tailpatch(MixtureSelector):
     ) -> Selection:
         """One epoch by the weights found; effects and ratings go into `weights.json`.
 
-        Raises InputError for a single source, and for an epoch that `size` and `repeats` do not
-        allow.
+        Raises InputError for a single source, for a target of one row, and for an epoch that `size`
+        and `repeats` do not allow.
         """
         assert target is not None
         assert base is not None
@@ -140,6 +140,12 @@ class Tailpatch(MixtureSelector):
         from deltaloom.select._patches import Patches
 
         targets = by_name(target, [row.group or row.source for row in target])
+        for name, rows in targets.items():
+            if len(rows) < 2:
+                raise InputError(
+                    f"{rows[0].where}: is the only row of the target {name!r}; an interval needs "
+                    "2 rows at least, and says something with 20"
+                )
         open_model = self._opened(base, run)
         patches = Patches(base, self.tuning, self._measurer(), targets, run, open_model, sources)
         warmup = None
