@@ -2,7 +2,8 @@
 
     python bench/_parity_yaml_peer.py FOLDER
 
-Sorts are made stable and draws are given, so that what remains to compare is arithmetic.
+Sorts are made stable, draws are given and quartiles taken from whole tensors, so that what remains
+to compare is arithmetic.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import mergekit.merge_methods.arcee_fusion as fusion
 import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
@@ -55,6 +57,7 @@ def main() -> None:
     home = Path(sys.argv[1])
     os.chdir(home)
     stable()
+    fusion._QUANTILE_SAMPLE_SIZE = 10**12
     uniform = load_file(home / "draws.safetensors")
     given(uniform)
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)

@@ -12,6 +12,7 @@ from deltaloom.merge._compat_numbers import Numbers, common
 from deltaloom.merge._compat_reduce import Reduction, down, whole
 from deltaloom.merge._dialect import dialect, dialects
 from deltaloom.merge._kernels import GROUP, draw
+from deltaloom.merge._order import Quantiles
 from deltaloom.merge._rules import _key
 from deltaloom.merge._stream import merge_folders
 
@@ -57,6 +58,44 @@ def test_sums_and_norms_are_torchs(count, cut):
             one.add(values.numpy()[start : start + cut], start)
         got = np.sqrt(one.sums[0]) if squares else one.sums[0]
         assert got == (torch.linalg.vector_norm(values) if squares else values.sum()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ends_of_norms_are_torchs(dtype):
+    torch.set_num_threads(1)
+    draws = torch.Generator().manual_seed(0)
+    lanes = 1 if dtype == torch.float16 else 8
+    for count in range(1, 41):
+        values = torch.rand(60, count, generator=draws).to(dtype)
+        rows = Reduction(count, values.numel(), np.float32, squares=True, lanes=lanes)
+        rows.add(values.float().numpy().ravel(), 0)
+        got = torch.from_numpy(np.sqrt(rows.sums)).to(dtype)
+        wanted = torch.stack([torch.linalg.vector_norm(row) for row in values])
+        assert same_bits(got, wanted), count
+
+
+def test_long_norms_of_float16_are_torchs():
+    torch.set_num_threads(1)
+    for seed in range(3):
+        draws = torch.Generator().manual_seed(seed)
+        values = torch.randn(1_100_003, generator=draws).half()
+        one = Reduction(values.numel(), values.numel(), np.float32, squares=True, lanes=1)
+        one.add(values.float().numpy(), 0)
+        assert np.float16(np.sqrt(one.sums[0])) == torch.linalg.vector_norm(values).numpy()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-38])
+def test_quantiles_are_those_of_a_sort(scale):
+    values = np.random.default_rng(0).standard_normal(3001).astype(np.float32) * np.float32(scale)
+    values[::7] = values[1]  # equal ones
+    values[5], values[6], values[8:12] = np.inf, -np.inf, [0.0, -0.0, np.nan, -np.nan]
+    places = [0, 1, 750, 1500, 1501, 2998, 2997]
+    found = Quantiles(places)
+    for number in range(2):
+        for start in range(0, values.size, 1000):
+            found.count(number, values[start : start + 1000])
+        found.counted(number)
+    assert found.values.tolist() == np.sort(values)[places].tolist()
 
 
 def test_sums_of_rows_and_of_pieces():
@@ -252,19 +291,95 @@ def test_blocks_and_threads_change_no_byte_and_float64_is_near(tmp_path, method,
     assert near >= (0.97 if dtype == torch.float32 else 0.8), near
 
 
-def test_slerp_is_torchs_in_float32(tmp_path):
-    torch.set_num_threads(1)
-    models = random_models(2, torch.float32, step=1.0)
-    rule, *_ = rule_of("slerp", torch.float32, [{}, {}], t=0.3)
-    got = run(tmp_path / "a", models, rule)
-    a, b = models[1]["w.weight"], models[2]["w.weight"]
-    cosine = (a / a.norm() * (b / b.norm())).sum()
+def arc(t, a, b):
+    """SLERP in float32 over pieces of a million elements, in torch; rounded to the format once."""
+    kind, a, b = a.dtype, a.float().flatten(), b.float().flatten()
+    norm = torch.linalg.vector_norm
+    lengths = [norm(torch.stack([norm(p) for p in one.split(1 << 20)])) for one in (a, b)]
+    x, y = a / lengths[0], b / lengths[1]
+    pieces = zip(x.split(1 << 20), y.split(1 << 20), strict=True)
+    cosine = torch.stack([(p * q).sum() for p, q in pieces]).sum()
+    t, angle = torch.tensor(t), torch.acos(cosine)
+    left, right = torch.sin((1 - t) * angle), torch.sin(t * angle)
+    return (left / torch.sin(angle) * a + right / torch.sin(angle) * b).to(kind)
+
+
+def arcs_of_rows(t, a, b):
+    """NuSLERP along the last axis, in torch in the models' format."""
+    units = [one / one.norm(dim=-1, keepdim=True).clamp(min=1e-7) for one in (a, b)]
+    cosine = (units[0] * units[1]).sum(-1, keepdim=True).clamp(-1, 1)
     angle = torch.acos(cosine)
-    wanted = (
-        torch.sin(0.7 * angle) / torch.sin(angle) * a
-        + torch.sin(0.3 * angle) / torch.sin(angle) * b
-    )
-    torch.testing.assert_close(got["w.weight"], wanted, rtol=5e-7, atol=1e-7)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slerp_is_torchs_to_the_bit(tmp_path, dtype):
+    torch.set_num_threads(1)
+    models = [*random_models(2, dtype, step=1.0)]
+    draws = torch.Generator().manual_seed(0)
+    for model in models:  # two pieces, with a tail of 6
+        model["long"] = torch.randn((1 << 20) + 38, generator=draws).to(dtype)
+    rule, *_ = rule_of("slerp", dtype, [{}, {}], t=0.3)
+    got = run(tmp_path / "a", models, rule, block=1 << 18)
+    for name in ("w.weight", "long"):
+        wanted = arc(0.3, models[1][name], models[2][name]).reshape(got[name].shape)
+        assert same_bits(got[name], wanted), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [13, 38, 700])
+def test_nuslerp_of_rows_is_torchs_to_the_bit(tmp_path, dtype, columns):
+    torch.set_num_threads(1)
+    draws = torch.Generator().manual_seed(columns)
+    models = [{"w": torch.randn(300, columns, generator=draws).to(dtype)} for _ in range(3)]
+    rows = [{"weight": 0.25}, {"weight": 0.75}]
+    rule, *_ = rule_of("nuslerp", dtype, rows, nuslerp_flatten=False, base=False)
+    got = run(tmp_path / "a", models, rule)["w"]
+    assert same_bits(got, arcs_of_rows(0.75, models[1]["w"], models[2]["w"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", [0.03, 1e-4])
+def test_arcee_fusion_is_torchs_to_the_bit(tmp_path, dtype, step):
+    torch.set_num_threads(1)
+    draws = torch.Generator().manual_seed(0)
+    first = torch.randn(150, 77, generator=draws)
+    second = (first + step * torch.randn(150, 77, generator=draws)).to(dtype)
+    first = first.to(dtype)
+    rule, *_ = rule_of("arcee_fusion", dtype, [{}, {}])
+    models = [{"w": one} for one in (first, first, second)]
+    got = run(tmp_path / "a", models, rule, dtype="float32")["w"]
+    p, q = (one.softmax(-1) + 1e-8 for one in (second, first))
+    apart = (p * torch.log(p / q)).sum(-1, keepdim=True)
+    assert step > 0.01 or dtype == torch.float16 or (apart < 0).any()  # by rounding
+    importance = (second - first).abs() * apart
+    ordered = importance.flatten().sort().values
+    low, median, high = ordered[(torch.tensor([0.25, 0.5, 0.75]) * (ordered.numel() - 1)).long()]
+    chosen = (importance >= median + 1.5 * (high - low)).float()
+    assert same_bits(got, first + (second - first) * chosen)
+
+
+def test_one_inner_product_of_karcher_is_torchs(tmp_path):
+    """In float32 a BLAS's rounding shows: one step from the first towards the mean."""
+    torch.set_num_threads(1)
+    draws = torch.Generator().manual_seed(0)
+    models = [{"w": torch.randn(69_701, generator=draws)} for _ in range(3)]
+    rule, *_ = rule_of("karcher", torch.float32, [{}, {}], max_iter=1)
+    got = run(tmp_path / "a", models, rule)["w"]
+    sizes = [model["w"].norm() for model in models[1:]]
+    units = [model["w"] / size for model, size in zip(models[1:], sizes, strict=True)]
+    mean = 0.5 * units[0] + 0.5 * units[1]
+    mean = mean / mean.norm()
+    tangent = torch.zeros_like(mean)
+    for unit in units:
+        cosine = torch.dot(mean, unit)
+        angle = torch.arccos(cosine)
+        tangent += 0.5 * (angle / torch.sin(angle)) * (unit - cosine * mean)
+    size = tangent.norm()
+    if size >= 1e-5:
+        mean = torch.cos(size) * mean + torch.sin(size) * (tangent / size)
+        mean = mean / mean.norm()
+    assert same_bits(got, (0.5 * sizes[0] + 0.5 * sizes[1]) * mean)
 
 
 def test_ram_counts_who_changed_what(tmp_path):

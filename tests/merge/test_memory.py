@@ -9,11 +9,15 @@ import folders
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_compat import SETTINGS as COMPATIBLE
+from test_compat import SHARED, rule_of
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import get
 from deltaloom.core.sizes import parse_bytes
 from deltaloom.core.tensors import TensorFolder
+from deltaloom.merge._dialect import dialects
+from deltaloom.merge._stream import merge_folders
 from deltaloom.merge._streaming import Streaming
 
 ROWS, COLUMNS = 1500, 512
@@ -89,6 +93,29 @@ def test_what_is_allocated_stays_within_the_budget(tmp_path, models, name):
     limited = of(name, memory=BUDGET)
     assert peak(limited, base, deltas, tmp_path / "out") <= BUDGET + SLACK
     assert content(tmp_path / "out") == content(tmp_path / "free")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", sorted(dialects()))
+def test_so_it_does_where_steps_are_rounded_as_mergekits(tmp_path, models, method, dtype):
+    base, *deltas = models
+    each = COMPATIBLE.get(method, [{}] * 3)
+    rule, *_ = rule_of(method, dtype, each, **SHARED.get(method, {}))
+    deltas, budget = deltas[: len(each)], 200_000_000 if method == "karcher" else BUDGET
+    merge_folders(base, deltas, rule, tmp_path / "free")  # compiles, and imports
+    tracemalloc.start()
+    merge_folders(base, deltas, rule, tmp_path / "out", memory=budget, threads=1)
+    assert tracemalloc.get_traced_memory()[1] <= budget + SLACK
+    tracemalloc.stop()
+    assert content(tmp_path / "out") == content(tmp_path / "free")
+
+
+def test_a_narrow_first_block_stays_within_the_budget_too(tmp_path):
+    """The first is cut where the file has a round position, and the next is wider."""
+    made = [{"large.weight": torch.randn(1500, 512).bfloat16()} for _ in range(7)]
+    base, *deltas = folders.write(tmp_path, made)
+    of("average").merge_folders(base, deltas, tmp_path / "free")
+    assert peak(of("average", memory=BUDGET), base, deltas, tmp_path / "out") <= BUDGET + SLACK
 
 
 def test_adapters_factors_count(tmp_path, models, adapter):

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deltaloom.merge._compat_functions import as_torch
 from deltaloom.merge._compat_numbers import Numbers
 from deltaloom.merge._compat_points import RowTensor
+from deltaloom.merge._compat_reduce import Reduction
 from deltaloom.merge._compat_sums import CompatRule
-from deltaloom.merge._order import OrderStatistics
-from deltaloom.merge._rule import Block, ElementRule, TensorRule
+from deltaloom.merge._order import OrderStatistics, Quantiles
+from deltaloom.merge._rule import Block, TensorRule
 
 if TYPE_CHECKING:
     from deltaloom.core.tensors import TensorEntry
@@ -38,6 +40,7 @@ class SceTensor(RowTensor):
     def __init__(self, rule: CompatSce, tensor: TensorEntry, models: int):
         super().__init__(rule, tensor)
         self.density, self.models = rule.density, models
+        self.spare = max(4 * models + 48, 15 * models + 16)  # variances are float64
         self.order = OrderStatistics([1]) if 0 < rule.density < 1 else None
         self.scans = 1 if self.order is None else 3
         self.varied = self.left = 0
@@ -114,6 +117,7 @@ class CompatFusion(CompatRule):
     """The first model, and the second's change where it is important; ends in float32."""
 
     needs_base = False
+    in_torch = True
 
     def begin(self, tensor: TensorEntry, models: int) -> FusionTensor:
         """See Rule."""
@@ -121,75 +125,82 @@ class CompatFusion(CompatRule):
 
 
 class FusionTensor(TensorRule):
-    """One tensor under `CompatFusion`: two scans find the quartiles of the importance."""
+    """One tensor under `CompatFusion`: scan 0 keeps the divergence of every row, and two scans find
+    the quartiles of the importance.
+    """
 
     scans = 2
+    spare = 32
 
     def __init__(self, rule: CompatFusion, tensor: TensorEntry):
         self.numbers, count = rule.numbers, tensor.count
         self.unit = tensor.shape[-1] if tensor.shape else 1
-        self.order = OrderStatistics([count - int(q * (count - 1)) for q in (0.25, 0.5, 0.75)])
+        self.quartiles = Quantiles([int(q * (count - 1)) for q in (0.25, 0.5, 0.75)])
+        self.divergence = np.zeros((count // self.unit, 1), self.numbers.work)
+        self.held = self.quartiles.nbytes + self.divergence.nbytes
         self.threshold = self.numbers.work(0)
 
-    def _importance(self, block: Block) -> np.ndarray:
+    def _diverge(self, block: Block) -> np.ndarray:
+        """The divergence (rows,) of the second's rows, as logits, from the first's."""
         n = self.numbers
-        first, second = (one.reshape(-1, self.unit) for one in n.read(block.models))
-        p, q = (n.add(self._softmax(one), n.scalar(1e-8)) for one in (second, first))
-        with np.errstate(all="ignore"):  # float16 has no 1e-8, so that p / q may be 0 / 0
-            logs = n.of(np.log(n.div(p, q).astype(np.float64)))
-        apart = n.mul(p, logs).sum(axis=-1, keepdims=True, dtype=np.float64)
-        return n.mul(np.abs(n.sub(second, first)), n.of(apart)).ravel()
+        p, q = (
+            n.add(as_torch("softmax", one.reshape(-1, self.unit), n, dim=-1), n.scalar(1e-8))
+            for one in block.models[::-1]
+        )
+        logs = as_torch("log", n.div(p, q), n)  # float16 has no 1e-8: p / q may be 0 / 0 there
+        sums = Reduction(self.unit, logs.size, n.work)
+        sums.add(n.mul(p, logs), 0)
+        return n.round(sums.sums)
 
-    def _softmax(self, rows: np.ndarray) -> np.ndarray:
-        powers = np.exp((rows - rows.max(axis=-1, keepdims=True)).astype(np.float64))
-        return self.numbers.of(powers / powers.sum(axis=-1, keepdims=True))
+    def _importance(self, block: Block) -> np.ndarray:
+        n, row = self.numbers, block.start // self.unit
+        first, second = block.models
+        apart = np.abs(n.sub(second, first)).reshape(-1, self.unit)
+        return n.mul(apart, self.divergence[row : row + len(apart)]).ravel()
 
     def scan(self, number: int, block: Block) -> None:
-        """Count importances by their bits, signs included."""
-        self.order.count(number, _rising(self._importance(block)))
+        """Count importances."""
+        self.numbers.read(block.models)
+        if number == 0:
+            row = block.start // self.unit
+            self.divergence[row : row + block.out.size // self.unit, 0] = self._diverge(block)
+        self.quartiles.count(number, self._importance(block))
 
     def scanned(self, number: int) -> None:
         """After scan 1 the quartiles are known."""
-        self.order.counted(number)
+        self.quartiles.counted(number)
         if number == 1:
             n = self.numbers
-            low, median, high = (n.work(one) for one in _numbers(self.order.bits))
+            low, median, high = (n.work(one) for one in self.quartiles.values)
             apart = n.sub(np.array([high]), low)
             self.threshold = n.add(n.mul(apart, n.factor(1.5)), median)[0]
 
     def write(self, block: Block) -> None:
         """The first, and the change where it is important."""
         n = self.numbers
+        first, second = n.read(block.models)
         chosen = self._importance(block) >= self.threshold
-        first, second = block.models
         np.add(first, n.sub(second, first) * chosen, out=block.out)
 
 
-def _rising(values: np.ndarray) -> np.ndarray:
-    """Numbers as 31 bits that rise with them: the last bit of a float32 is given up for its sign.
-
-    Importances are hardly negative, and then tiny: rounding can put a divergence below zero.
-    """
-    bits = values.astype(np.float32).view(np.uint32)
-    half = (bits & np.uint32(0x7FFFFFFF)) >> np.uint32(1)
-    return np.where(bits >> np.uint32(31), np.uint32(0x3FFFFFFF) - half, half + np.uint32(1 << 30))
-
-
-def _numbers(bits: list[int]) -> np.ndarray:
-    """The other way."""
-    rising = np.array(bits, np.uint32)
-    negative = rising < np.uint32(1 << 30)
-    size = np.where(negative, np.uint32(0x3FFFFFFF) - rising, rising - np.uint32(1 << 30))
-    found = (size << np.uint32(1)).astype(np.uint32).view(np.float32)
-    return np.where(negative, -found, found)
-
-
-class CompatRam(CompatRule, ElementRule):
+class CompatRam(CompatRule):
     """Changes that one model makes alone, and the mean of those that several make."""
 
     def __init__(self, numbers: Numbers, least: float):
         super().__init__(numbers)
         self.least = numbers.scalar(least)
+
+    def begin(self, tensor: TensorEntry, models: int) -> RamTensor:
+        """See Rule."""
+        return RamTensor(self, models)
+
+
+class RamTensor(TensorRule):
+    """One tensor under `CompatRam`."""
+
+    def __init__(self, rule: CompatRam, models: int):
+        self.numbers, self.least = rule.numbers, rule.least
+        self.spare = 9 * models + 28
 
     def write(self, block: Block) -> None:
         """See TensorRule."""
@@ -227,6 +238,7 @@ class RamPlusTensor(TensorRule):
 
     def __init__(self, rule: CompatRamPlus, models: int):
         self.rule, self.numbers = rule, rule.numbers
+        self.spare = 16 * models + 24
         self.shared, self.alone = np.zeros((2, models), np.int64)
         self.factors = np.ones((models, 1), rule.numbers.work)
 

@@ -1,7 +1,6 @@
 """mergekit's means of several models, rounded where it rounds: multislerp, model stock, karcher.
 
-Norms and sums add in torch's order (`_compat_reduce.py`); karcher's inner products, which are a
-BLAS's, are exact and rounded once.
+Norms and sums add in torch's order (`_compat_reduce.py`).
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaloom.core.errors import WorkError
+from deltaloom.merge._compat_functions import as_torch
 from deltaloom.merge._compat_numbers import Numbers
 from deltaloom.merge._compat_points import RowTensor
 from deltaloom.merge._compat_reduce import whole
 from deltaloom.merge._compat_sums import CompatRule
-from deltaloom.merge._lanes import LANES
 from deltaloom.merge._rule import Block, TensorRule
-from deltaloom.merge._span_kernels import add_inner
 
 if TYPE_CHECKING:
     from deltaloom.core.tensors import TensorEntry
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
 
 class CompatMultiSlerp(CompatRule):
     """The direction of a weighted sum of unit vectors, at the mean length."""
+
+    in_torch = True
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class CompatMultiSlerp(CompatRule):
 
     def begin(self, tensor: TensorEntry, models: int) -> MultiSlerpTensor:
         """See Rule."""
-        return MultiSlerpTensor(self, tensor)
+        return MultiSlerpTensor(self, tensor, models)
 
 
 class MultiSlerpTensor(RowTensor):
@@ -52,9 +52,10 @@ class MultiSlerpTensor(RowTensor):
 
     scans = 4
 
-    def __init__(self, rule: CompatMultiSlerp, tensor: TensorEntry):
+    def __init__(self, rule: CompatMultiSlerp, tensor: TensorEntry, models: int):
         super().__init__(rule, tensor)
         self.rule, self.name = rule, tensor.name
+        self.spare = 16 * models + 16  # vectors, units, pulls and their products, and the mean
 
     def _vectors(self, block: Block) -> np.ndarray:
         n = self.numbers
@@ -75,8 +76,10 @@ class MultiSlerpTensor(RowTensor):
 
     def _tangent(self, units: np.ndarray, mean: np.ndarray) -> np.ndarray:
         n = self.numbers
-        pulls = [n.sub(unit, n.mul(mean, self.sums(("cosine", i)))) for i, unit in enumerate(units)]
-        return n.rows(n.mul(np.stack(pulls), self.rule.weights[:, None]))
+        pulls = np.empty_like(units)
+        for i, unit in enumerate(units):
+            pulls[i] = n.sub(unit, n.mul(mean, self.sums(("cosine", i))))
+        return n.rows(n.mul(pulls, self.rule.weights[:, None]))
 
     def scan(self, number: int, block: Block) -> None:
         """See the class."""
@@ -119,8 +122,8 @@ class MultiSlerpTensor(RowTensor):
             units = self._units(vectors)
             mean = self._mean(units)
             size = n.add(self.norms("tangent"), self.rule.least)
-            turn = n.of(np.cos(size.astype(np.float64)))
-            step = n.div(n.of(np.sin(size.astype(np.float64))), size)
+            turn = as_torch("cos", size, n)
+            step = n.div(as_torch("sin", size, n), size)
             merged = n.add(n.mul(mean, turn), n.mul(self._tangent(units, mean), step))
             merged = n.mul(merged, n.total(list(n.mul(self._lengths(), self.rule.weights))))
         block.out[:] = n.add(merged, n.read(block.base)) if self.rule.needs_base else merged
@@ -146,6 +149,7 @@ class StockTensor(RowTensor):
     def __init__(self, rule: CompatStock, tensor: TensorEntry, models: int):
         super().__init__(rule, tensor, by_row=rule.by_row)
         self.models, self.pairs = models, list(combinations(range(models), 2))
+        self.spare = 4 * models + 16
         self.t = np.zeros(1)
 
     def scan(self, number: int, block: Block) -> None:
@@ -188,6 +192,7 @@ class CompatKarcher(CompatRule):
     """The mean on the sphere of equal models; every tensor is held whole."""
 
     needs_base = False
+    in_torch = True
 
     def __init__(self, numbers: Numbers, steps: int, tol: float):
         super().__init__(numbers)
@@ -195,20 +200,16 @@ class CompatKarcher(CompatRule):
 
     def begin(self, tensor: TensorEntry, models: int) -> KarcherTensor:
         """See Rule."""
-        return KarcherTensor(self, tensor)
+        return KarcherTensor(self, tensor, models)
 
 
 class KarcherTensor(TensorRule):
     """One tensor under `CompatKarcher`."""
 
-    def __init__(self, rule: CompatKarcher, tensor: TensorEntry):
+    def __init__(self, rule: CompatKarcher, tensor: TensorEntry, models: int):
         self.rule, self.numbers = rule, rule.numbers
         self.unit = tensor.count
-
-    def _inner(self, left: np.ndarray, right: np.ndarray) -> np.float64:
-        sums = np.zeros(1)
-        add_inner(left, right, 0, left.size, np.zeros(LANES), sums)
-        return sums[0]
+        self.spare = 4 * models + 40  # units, the mean, a tangent's steps, torch's copies
 
     def _length(self, vector: np.ndarray) -> Any:
         """In float32, or float64 where the format is."""
@@ -218,11 +219,11 @@ class KarcherTensor(TensorRule):
         n = self.numbers
         tangent = np.zeros_like(mean)
         for unit in units:
-            cosine = np.clip(n.scalar(self._inner(mean, unit)), -1, 1)
-            angle = n.scalar(np.arccos(np.float64(cosine)))
-            if angle < self.rule.tol:
+            cosine = np.clip(as_torch("dot", mean, n, unit), -1, 1)
+            angle = as_torch("acos", [cosine], n)
+            if angle[0] < self.rule.tol:
                 continue
-            stretch = n.div(np.array([angle]), n.scalar(np.sin(np.float64(angle))))
+            stretch = n.div(angle, as_torch("sin", angle, n))
             pull = n.sub(unit, n.mul(mean, cosine))
             tangent = n.add(tangent, n.mul(pull, n.mul(stretch, n.factor(share))))
         return tangent
@@ -230,6 +231,7 @@ class KarcherTensor(TensorRule):
     def write(self, block: Block) -> None:
         """Iterate."""
         n, tol = self.numbers, self.rule.tol
+        wide = Numbers(np.dtype(n.work).name)
         models = n.read(block.models)
         lengths = [self._length(one) for one in models]
         units = [
@@ -252,7 +254,7 @@ class KarcherTensor(TensorRule):
             size = self._length(tangent)
             if float(size) < tol:
                 break
-            turn, step = (n.scalar(f(np.float64(size))) for f in (np.cos, np.sin))
+            turn, step = (n.scalar(as_torch(f, size, wide)) for f in ("cos", "sin"))
             mean = n.add(n.mul(mean, turn), n.mul(n.div(tangent, size), step))
             if float(length := self._length(mean)) > tol:
                 mean = n.div(mean, length)

@@ -52,6 +52,8 @@ class Part:
 
     scans = 0
     unit = 1
+    held = 0
+    """As TensorRule has it."""
 
     def __init__(self, choice: Choice, numbers: Numbers, count: int):
         self.choice, self.numbers, self.count = choice, numbers, count
@@ -151,6 +153,7 @@ class Chosen(Sparse):
         self.looks = 0 if not ranks else 1 if numbers.name == "bfloat16" else 2
         super().__init__(choice, numbers, count)
         self.order = OrderStatistics(ranks)
+        self.held = self.order.nbytes
 
     def look(self, number: int, change: np.ndarray) -> None:
         """See OrderStatistics."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltaloom.merge._compat_functions import as_torch
 from deltaloom.merge._compat_numbers import Numbers
-from deltaloom.merge._compat_reduce import STEP, Reduction, down, whole
+from deltaloom.merge._compat_reduce import STEP, WIDTH, Reduction, down, whole
 from deltaloom.merge._compat_sums import CompatRule
 from deltaloom.merge._rule import Block, ElementRule, TensorRule
 
@@ -30,13 +31,16 @@ class RowTensor(TensorRule):
         self.by_row = by_row and len(tensor.shape) > 1
         self.columns = tensor.shape[-1] if self.by_row else tensor.count
         self.unit = self.columns if self.by_row else STEP
+        self.lanes = 1 if self.numbers.name == "float16" else WIDTH
         self._found: dict[Any, Reduction] = {}
 
     def add(self, key: Any, values: np.ndarray, start: int, *, squares: bool = False) -> None:
         """Add to the sums `key` of the vectors, or of their squares."""
         if key not in self._found:
-            kind = self.numbers.work
-            self._found[key] = Reduction(self.columns, self.count, kind, squares=squares)
+            kind, lanes = self.numbers.work, self.lanes
+            self._found[key] = Reduction(
+                self.columns, self.count, kind, squares=squares, lanes=lanes
+            )
         self._found[key].add(values, start)
 
     def sums(self, key: Any) -> np.ndarray:
@@ -63,6 +67,7 @@ class CompatSlerp(CompatRule):
     """On the arc between two models, coefficients and sum in float32 whatever the format."""
 
     needs_base = False
+    in_torch = True
 
     def __init__(self, numbers: Numbers, t: float):
         super().__init__(numbers)
@@ -80,7 +85,7 @@ class SlerpTensor(RowTensor):
 
     def __init__(self, rule: CompatSlerp, tensor: TensorEntry):
         super().__init__(rule, tensor)
-        self.columns = min(PIECE, max(tensor.count, 1))
+        self.columns, self.lanes = min(PIECE, max(tensor.count, 1)), WIDTH
         self.t, self.factors = rule.t, (rule.t, rule.t)
         self.lengths: list[Any] = []
 
@@ -106,10 +111,10 @@ class SlerpTensor(RowTensor):
         if abs(cosine) > 0.9995:
             self.factors = (1 - t, t)
             return
-        angle = kind(np.arccos(np.float64(cosine)))
-        parts = [kind(np.sin(np.float64(a))) for a in ((1 - t) * angle, t * angle)]
-        side = kind(np.sin(np.float64(angle)))
-        self.factors = (parts[0] / side, parts[1] / side)
+        wide = Numbers(np.dtype(kind).name)
+        angle = as_torch("acos", cosine, wide)[()]
+        left, right, side = as_torch("sin", [(1 - t) * angle, t * angle, angle], wide)
+        self.factors = (left / side, right / side)
 
     def write(self, block: Block) -> None:
         """Sum."""
@@ -123,6 +128,7 @@ class CompatNearSwap(CompatRule, ElementRule):
     """The first model, moved towards the second by at most t."""
 
     needs_base = False
+    spare = 24
 
     def __init__(self, numbers: Numbers, t: float):
         super().__init__(numbers)
@@ -142,6 +148,8 @@ class CompatNearSwap(CompatRule, ElementRule):
 class CompatNuSlerp(CompatRule):
     """On the arc between two models or changes: by tensor, by row, or along the first axis."""
 
+    in_torch = True
+
     def __init__(self, numbers: Numbers, t: float, *, changes: bool, by_row: bool, turned: bool):
         super().__init__(numbers)
         self.t, self.needs_base, self.by_row, self.turned = t, changes, by_row, turned
@@ -155,6 +163,7 @@ class NuSlerpTensor(RowTensor):
     """One tensor under `CompatNuSlerp`: lengths, then cosines, then the sum."""
 
     scans = 2
+    spare = 40
 
     def __init__(self, rule: CompatNuSlerp, tensor: TensorEntry):
         super().__init__(rule, tensor, by_row=rule.by_row)
@@ -211,11 +220,9 @@ class NuSlerpTensor(RowTensor):
         first, second = self._ends(block)
         cosine = np.clip(self.sums("cosine"), -1, 1)
         straight = n.sub(n.work(1), n.mul(cosine, cosine)) <= 1e-16
-        angle = n.of(np.arccos(np.where(straight, 0, cosine).astype(np.float64)))
-        left, right = (
-            n.of(np.sin(n.mul(angle, n.factor(one)).astype(np.float64))) for one in (1 - t, t)
-        )
-        whole = n.of(np.sin(angle.astype(np.float64)))
+        angle = as_torch("acos", np.where(straight, 0, cosine), n)
+        left, right = (as_torch("sin", n.mul(angle, n.factor(one)), n) for one in (1 - t, t))
+        whole = as_torch("sin", angle, n)
         bent = n.add(n.mul(self.at(left, block), first), n.mul(self.at(right, block), second))
         bent = n.div(bent, self.at(whole, block))
         line = n.add(n.mul(first, n.factor(1 - t)), n.mul(second, n.factor(t)))

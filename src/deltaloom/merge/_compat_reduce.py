@@ -1,14 +1,16 @@
 """Sums in float32 in the order in which torch adds on a processor: what mergekit's sums come to.
 
-torch's sum keeps 4 x 8 partial sums over blocks that are added up level by level, its norm 8 of
-squares; both were found by comparing to the bit, with AVX2 and AVX-512 alike, on one thread.
-float64 numbers are added in the same order, which is then not torch's.
+torch's sum keeps 4 x 8 partial sums over blocks that are added up level by level. Its norm keeps 8
+of squares, to which four of the last seven are added and the rest unrounded, as its compiler chose;
+of float16 it adds one by one. All were found by comparing to the bit, with AVX2 and AVX-512 alike,
+on one thread. float64 numbers are added in the same order, which is then not torch's.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from deltaloom.merge._compat_kernels import fused
 from deltaloom.merge._kernels import compiled
 
 WIDTH = 8
@@ -77,34 +79,40 @@ def add_cascade(values, start, columns, total, most, levels, sums):
 
 @compiled
 def add_squares(values, start, columns, total, lanes, sums):
-    """The same of squares, as torch's norm adds them; lanes (8,)."""
+    """The same of squares, as torch's norm adds them: in lanes (8,), or lanes (1,) one by one."""
+    width = lanes.size
     done = 0
     while done < values.size:
         row, column = divmod(start + done, columns)
         length = min(columns, total - row * columns)
         m = min(length - column, values.size - done)
         part = values[done : done + m]
-        whole = min(m, length - length % WIDTH - column) // WIDTH * WIDTH
-        for i in range(0, whole, WIDTH):
-            for j in range(WIDTH):
+        whole = min(m, length - length % width - column) // width * width
+        for i in range(0, whole, width):
+            for j in range(width):
                 lanes[j] += part[i + j] * part[i + j]
         if column + m == length:
             square = lanes[0]
-            for j in range(1, WIDTH):
+            for j in range(1, width):
                 square += lanes[j]
-            for i in range(whole, m):
+            fours = whole + (m - whole) // 4 * 4
+            for i in range(whole, fours):
                 square += part[i] * part[i]
+            for i in range(fours, m):
+                square = fused(part[i], part[i], square)
             sums[row] = square
             lanes[:] = 0
         done += m
 
 
 class Reduction:
-    """A sum, or one of squares, of each vector of a tensor, over blocks in rising order."""
+    """A sum, or one of squares in `lanes`, of each vector of a tensor; blocks in rising order."""
 
-    def __init__(self, columns: int, total: int, work: type, *, squares: bool = False):
+    def __init__(
+        self, columns: int, total: int, work: type, *, squares: bool = False, lanes: int = WIDTH
+    ):
         self.columns, self.total, self.squares = columns, total, squares
-        self.carried = np.zeros(WIDTH if squares else (LEVELS, STEP), work)
+        self.carried = np.zeros(lanes if squares else (LEVELS, STEP), work)
         self.sums = np.zeros(-(-total // columns), work)
 
     def add(self, values: np.ndarray, start: int) -> None:

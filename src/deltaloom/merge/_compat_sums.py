@@ -25,6 +25,8 @@ class CompatRule(Rule):
 
     form = "values"
     keeps_base = False
+    in_torch = False
+    """Whether some of its functions are torch's (`_compat_functions.py`)."""
 
     def __init__(self, numbers: Numbers):
         self.numbers = numbers
@@ -110,6 +112,7 @@ class ChangesTensor(TensorRule):
         ]
         self.scans = max((part.scans for part in self.parts), default=0)
         self.unit = math.lcm(*(part.unit for part in self.parts))
+        self.held = sum(part.held for part in self.parts)
 
     def _changes(self, block: Block) -> None:
         numbers = self.rule.numbers

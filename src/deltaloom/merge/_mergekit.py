@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +20,9 @@ import numpy as np
 from deltaloom.core.errors import InputError
 from deltaloom.core.tensors import DTYPES, TensorEntry
 from deltaloom.merge._checked import SINGLE, Checked
+from deltaloom.merge._compat_functions import one_thread
 from deltaloom.merge._compat_numbers import CODES, Numbers, common
+from deltaloom.merge._compat_sums import CompatRule
 from deltaloom.merge._config import Files, Reference
 from deltaloom.merge._dialect import ByTensor
 from deltaloom.merge._formats import FLOATS
@@ -263,21 +266,23 @@ class Job:
             self._dress(folder, tokenizer=tokenizer)
             (folder / "mergekit_config.yml").write_bytes(yaml)
 
-        write_merge(
-            self.view,
-            self.sources,
-            ByTensor(self.rules),
-            out,
-            dress,
-            threads=threads,
-            shard_bytes=shard_bytes,
-            dtype=self.types,
-            memory=memory,
-            progress=progress,
-            resume=bool(key),
-            key=key,
-            own=self._base_part,
-        )
+        in_torch = any(isinstance(one, CompatRule) and one.in_torch for one in self.rules.values())
+        with one_thread() if in_torch else nullcontext():
+            write_merge(
+                self.view,
+                self.sources,
+                ByTensor(self.rules),
+                out,
+                dress,
+                threads=threads,
+                shard_bytes=shard_bytes,
+                dtype=self.types,
+                memory=memory,
+                progress=progress,
+                resume=bool(key),
+                key=key,
+                own=self._base_part,
+            )
         return self.notes
 
     def _donor(self) -> Path:

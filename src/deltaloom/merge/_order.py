@@ -1,7 +1,8 @@
 """Exact order statistics of a tensor that is only seen in blocks: radix selection in two scans.
 
-The first scan counts the upper 16 of the 31 magnitude bits of every float32, the second the lower
-15 of those that share the upper bits of a wanted element: O(n) time, 128 kB a tensor, no sort.
+The first scan counts the upper 16 of the 31 magnitude bits of every float32 (of its 32 bits, where
+signs matter), the second the lower ones of those that share the upper bits of a wanted element:
+O(n) time, 128 kB a tensor, no sort.
 """
 
 from __future__ import annotations
@@ -57,3 +58,61 @@ class OrderStatistics:
     def values(self) -> np.ndarray:
         """The magnitudes themselves, float32, in the order of the ranks."""
         return np.array(self.bits, np.uint32).view(np.float32)
+
+
+class Quantiles:
+    """The elements at the given places of the sorted tensor, 0 being the smallest; NaN is the
+    largest. Of float64 the nearest float32 are sorted.
+    """
+
+    def __init__(self, places: Sequence[int]):
+        self.left = list(places)
+        self.values = np.zeros(len(places), np.float32)
+        """After two scans: the elements."""
+        self._high = [0] * len(places)
+        self._counts = {0: np.zeros(1 << 16, np.int64)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held at most: bins of both scans, and their sums."""
+        return (8 << 16) * (2 + len(self.left))
+
+    def count(self, number: int, values: np.ndarray) -> None:
+        """See one block (n,) in scan 0 or 1."""
+        keys = _rising(values.astype(np.float32, copy=False))
+        high = keys >> np.uint32(16)
+        if number == 0:
+            self._counts[0] += np.bincount(high, minlength=1 << 16)
+            return
+        for wanted, counts in self._counts.items():
+            counts += np.bincount(keys[high == wanted] & np.uint32(0xFFFF), minlength=1 << 16)
+
+    def counted(self, number: int) -> None:
+        """Scan 0 has found the bins of the wanted elements, scan 1 the elements."""
+        found = []
+        for i, place in enumerate(self.left):
+            below = self._counts[self._high[i] if number else 0].cumsum()
+            bin_ = int(np.searchsorted(below, place, side="right"))
+            self.left[i] = place - int(below[bin_ - 1] if bin_ else 0)
+            found.append(bin_)
+        if number == 0:
+            self._high = found
+            self._counts = {high: np.zeros(1 << 16, np.int64) for high in found}
+        else:
+            keys = [high << 16 | low for high, low in zip(self._high, found, strict=True)]
+            self.values = _numbers(np.array(keys, np.uint32))
+            self._counts = {}
+
+
+def _rising(values: np.ndarray) -> np.ndarray:
+    """float32 (n,) as uint32 (n,) that rise with them."""
+    bits = values.view(np.uint32)
+    keys = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+    keys[np.isnan(values)] = np.uint32(0xFFC00000)
+    return keys
+
+
+def _numbers(keys: np.ndarray) -> np.ndarray:
+    """The other way."""
+    bits = np.where(keys >> np.uint32(31), keys & np.uint32(0x7FFFFFFF), ~keys)
+    return bits.astype(np.uint32).view(np.float32)

@@ -146,6 +146,7 @@ class Merge:
     ) -> Iterator[Block]:
         widest = min(self.block, self.blocks.get(tensor.name, self.block))
         size = max(widest // unit, 1) * unit
+        space.fit(min(size, tensor.count), work)
         start, stop = 0, size
         if unit == 1:
             # cut where the output file has round positions: a page written in halves costs twice
