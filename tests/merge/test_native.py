@@ -55,10 +55,48 @@ def test_sums_of_stored_numbers_are_rounded_once(arrays, added):
     np.testing.assert_array_equal(out, bits(whole))
 
 
+def test_counts_of_changes_are_those_of_a_sort(arrays):
+    base, models = bits(arrays[0]), bits(arrays[1])
+    sizes = np.abs(floats(models[1]) - floats(base)).view(np.uint32)
+    high = np.zeros(1 << 16, np.int64)
+    _native.count_bfloat16(base, models[1], None, high)
+    np.testing.assert_array_equal(high, np.bincount(sizes >> 15, minlength=1 << 16))
+    low, wanted = np.zeros(1 << 15, np.int64), int(high.argmax())
+    _native.count_bfloat16(base, models[1], wanted, low)
+    inside = sizes[sizes >> 15 == wanted] & 0x7FFF
+    np.testing.assert_array_equal(low, np.bincount(inside, minlength=1 << 15))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("equal", [0, 1, 3, 10**6])
+def test_votes_on_stored_numbers_are_those_of_the_general_loops(arrays, normalize, equal):
+    from deltaloom.merge import _kernels
+
+    base, models = bits(arrays[0]), bits(arrays[1])
+    models[2] = models[1]  # equal magnitudes
+    changes = floats(models) - floats(base)
+    limits = [int(np.median(np.abs(one)).view(np.uint32)) for one in changes]
+    weights, out = np.array([1.0, 0.3, -0.5], np.float32), np.empty_like(base)
+    left = np.full(3, equal)
+    found = _native.elect_bfloat16(
+        base, models, np.array(limits), left, weights, 0.7, normalize, out
+    )
+    assert not found
+    for i, one in enumerate(changes):
+        assert left[i] == _kernels.trim(one.view(np.uint32), limits[i], equal)
+    wanted = np.empty(len(base), np.float32)
+    _kernels.elect(floats(base), changes, weights, np.float32(0.7), normalize, wanted)
+    np.testing.assert_array_equal(out, bits(wanted))
+    models[0, -1] = 0x7FC0
+    assert _native.elect_bfloat16(base, models, *np.zeros((2, 3), int), weights, 1.0, False, out)
+
+
 def test_the_scratch_is_as_long_as_the_loops_take_it_to_be():
-    from deltaloom.merge import _loops
+    from deltaloom.merge import _loops, _order
 
     assert _native.TILE == _loops.TILE
+    for name in ("HIGH_BINS", "LOW_BITS", "LOW_BINS"):
+        assert getattr(_order, name) == getattr(_loops, name)
 
 
 def test_a_nan_stays_one_and_infinity_comes_through():

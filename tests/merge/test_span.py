@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.method import get
 from deltaloom.merge._lanes import LANES
-from deltaloom.merge._rules import Linear
+from deltaloom.merge._rules import Linear, SelectiveTensor
 from deltaloom.merge._span import SpanTensor
 from deltaloom.merge._span_kernels import add_inner
 
@@ -319,15 +319,28 @@ def test_an_adapter_is_an_end(tmp_path):
     assert_close(got["w.weight"], arc(a, b, 0.4), "w", a.abs() + b.abs())
 
 
-@pytest.mark.parametrize("method", ["slerp", "multislerp", "karcher", "average"])
+STORED = [
+    ("slerp", {}),
+    ("multislerp", {}),
+    ("karcher", {}),
+    ("average", {}),
+    ("ties", {"density": 0.4}),
+    ("ties", {"density": 0.03, "weights": [0.4, -0.9, 0.3], "normalize": False, "scale": 0.7}),
+    ("ties", {"sparsify": "none", "weights": [1.0, 2.0, 1.0]}),
+]
+
+
+@pytest.mark.parametrize(("method", "how"), STORED)
 @pytest.mark.parametrize("block", [256, 1000, None])
-def test_stored_bfloat16_gives_the_bytes_of_the_general_way(tmp_path, monkeypatch, method, block):
+def test_stored_bfloat16_gives_the_bytes_of_the_general_way(
+    tmp_path, monkeypatch, method, how, block
+):
     count = 2 if method == "slerp" else 3
     models = random_models(count, torch.bfloat16)
-    settings = {} if block is None else {"block": block}
+    settings = how if block is None else {**how, "block": block}
     quick = merged(tmp_path / "quick", models, method, **settings)
-    for rule in (Linear, SpanTensor):
+    for rule in (Linear, SpanTensor, SelectiveTensor):
         monkeypatch.setattr(rule, "takes_bits", property(lambda self: False, lambda self, on: None))
-    general = merged(tmp_path / "general", models, method)
+    general = merged(tmp_path / "general", models, method, **how)
     for name, tensor in general.items():
         assert torch.equal(quick[name].view(torch.int16), tensor.view(torch.int16)), name

@@ -11,9 +11,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-HIGH_BINS = 1 << 16
-LOW_BITS = 15
-LOW_BINS = 1 << LOW_BITS
+from deltaloom.merge._order import LOW_BINS, LOW_BITS
+
 TILE = 4096
 """Elements per inner loop: a few float32 rows of this length stay in the first-level cache."""
 
@@ -106,16 +105,6 @@ def count_low(bits, high, counts):
             for i in range(part.size):
                 if ((part[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(LOW_BITS)) == wanted:
                     counts[part[i] & mask] += 1
-
-
-@compiled
-def from_top(counts, rank):
-    """The bin that holds the `rank`-th largest (1 = largest) and the rank inside that bin."""
-    for b in range(counts.size - 1, -1, -1):
-        if counts[b] >= rank:
-            return b, rank
-        rank -= counts[b]
-    return 0, rank
 
 
 @compiled

@@ -6,10 +6,13 @@ on how a tensor is cut into blocks.
 
 from __future__ import annotations
 
-from numba import carray, float64, njit, types, uint32
+from numba import carray, float32, float64, njit, types, uint32
 
 LANES = 16
 """Partial sums side by side."""
+HIGH_BINS, LOW_BITS, LOW_BINS = 1 << 16, 15, 1 << 15
+"""As `_order.py` has them."""
+MAGNITUDE = uint32(0x7FFFFFFF)
 TILE = 1024
 """Elements per inner loop: a few rows of this length stay in the first-level cache."""
 
@@ -198,6 +201,119 @@ def combine_bfloat16(models, factors, k, n, scratch, bits, totals, nan, out):
             carray(nan, (1,))[0] = 1
 
 
+@njit(inline="always")
+def _change(base, model, floats, words):
+    """The change of a tile, in the scratch's last row."""
+    m = base.size
+    _widen(base, words[0, :m])
+    _widen(model, words[1, :m])
+    own, row, change = floats[0, :m], floats[1, :m], floats[2, :m]
+    for i in range(m):
+        change[i] = row[i] - own[i]
+
+
+def count_high_bfloat16(base, model, n, scratch, bits, counts):
+    """Add to counts (65536,) the upper 16 of the 31 magnitude bits of the float32 changes of
+    model (n,) over base (n,), bfloat16 as uint16.
+
+    scratch (3, TILE) float32, and the same memory as uint32 `bits`.
+    """
+    origin, row, sums = carray(base, (n,)), carray(model, (n,)), carray(counts, (HIGH_BINS,))
+    floats, words = carray(scratch, (3, TILE)), carray(bits, (3, TILE))
+    for begin in range(0, n, TILE):
+        end = min(begin + TILE, n)
+        _change(origin[begin:end], row[begin:end], floats, words)
+        change = words[2, : end - begin]
+        for i in range(change.size):
+            sums[(change[i] & MAGNITUDE) >> uint32(LOW_BITS)] += 1
+
+
+def count_low_bfloat16(base, model, wanted, n, scratch, bits, counts):
+    """The same of the lower 15 bits, counts (32768,), where the upper ones are `wanted`."""
+    origin, row, sums = carray(base, (n,)), carray(model, (n,)), carray(counts, (LOW_BINS,))
+    floats, words = carray(scratch, (3, TILE)), carray(bits, (3, TILE))
+    high = uint32(wanted)
+    for begin in range(0, n, TILE):
+        end = min(begin + TILE, n)
+        _change(origin[begin:end], row[begin:end], floats, words)
+        for start in range(0, end - begin, 64):
+            part = words[2, start : min(start + 64, end - begin)]
+            found = 0
+            for i in range(part.size):  # a look without branches first: most have no match
+                found += ((part[i] & MAGNITUDE) >> uint32(LOW_BITS)) == high
+            if found:
+                for i in range(part.size):
+                    if ((part[i] & MAGNITUDE) >> uint32(LOW_BITS)) == high:
+                        sums[part[i] & uint32(LOW_BINS - 1)] += 1
+
+
+@njit(inline="always")
+def _trim(change, limit, equal):
+    """As `trim` of `_kernels.py`."""
+    here = 0
+    if equal > 0:
+        for i in range(change.size):
+            here += (change[i] & MAGNITUDE) == limit
+    if here > equal:
+        for i in range(change.size):
+            size = change[i] & MAGNITUDE
+            if size == limit and equal > 0:
+                equal -= 1
+            elif size <= limit:
+                change[i] = uint32(0)
+        return 0
+    least = limit if equal > 0 else limit + uint32(1)
+    for i in range(change.size):
+        change[i] = change[i] if (change[i] & MAGNITUDE) >= least else uint32(0)
+    return equal - here
+
+
+def elect_bfloat16(
+    base, models, limits, equals, factors, scale, normalize, k, n, scratch, bits, nan, out
+):
+    """`elect` of `_kernels.py` on bfloat16 as uint16, of changes trimmed to the magnitudes (31
+    bits) above limits (k,), and the first equals (k,) at them; equals becomes what is left.
+
+    scratch (k + 6, TILE) float32, and the same memory as uint32 `bits`; scale (1,); `nan` as in
+    `add_bfloat16`.
+    """
+    origin, rows, result = carray(base, (n,)), carray(models, (k, n)), carray(out, (n,))
+    least, left, weights = carray(limits, (k,)), carray(equals, (k,)), carray(factors, (k,))
+    by = carray(scale, (1,))[0]
+    floats, words = carray(scratch, (k + 6, TILE)), carray(bits, (k + 6, TILE))
+    zero = float32(0.0)
+    for begin in range(0, n, TILE):
+        m = min(TILE, n - begin)
+        total, part, share = floats[3, :m], floats[4, :m], floats[5, :m]
+        for j in range(k):
+            _change(origin[begin : begin + m], rows[j, begin : begin + m], floats, words)
+            left[j] = _trim(words[2, :m], uint32(least[j]), left[j])
+            change, w, kept = floats[2, :m], weights[j], floats[6 + j, :m]
+            if j == 0:
+                for i in range(m):
+                    total[i] = kept[i] = w * change[i]
+            else:
+                for i in range(m):
+                    kept[i] = w * change[i]
+                    total[i] += kept[i]
+        part[:] = zero
+        share[:] = zero
+        for j in range(k):
+            kept, w = floats[6 + j, :m], weights[j]
+            for i in range(m):
+                d = kept[i]
+                agrees = d > zero if total[i] >= zero else d < zero
+                part[i] += d if agrees | (d != d) else zero
+                share[i] += w if agrees | (d != d) else zero
+        own = floats[0, :m]
+        for i in range(m):
+            mass = share[i] if (normalize != 0) & (share[i] != zero) else float32(1.0)
+            d = by * (part[i] / mass)
+            part[i] = own[i] + d if d != zero else own[i]
+        if _narrow(words[4, :m], result[begin : begin + m]):
+            carray(nan, (1,))[0] = 1
+
+
 def _sum_of(kind):
     at = types.CPointer(kind)
     flags = types.CPointer(types.uint8)
@@ -207,6 +323,7 @@ def _sum_of(kind):
 _words, _floats = types.CPointer(types.uint16), types.CPointer(types.float32)
 _long, _flags = types.CPointer(types.uint32), types.CPointer(types.uint8)
 _doubles, _count = types.CPointer(types.float64), types.int64
+_counts = types.CPointer(types.int64)
 LOOPS = {
     "narrow": (narrow, types.void(_long, _words, _count)),
     "add_float32": (add_models, _sum_of(types.float32)),
@@ -225,6 +342,21 @@ LOOPS = {
     "combine_bfloat16": (
         combine_bfloat16,
         types.void(_words, _doubles, _count, _count, _floats, _long, _doubles, _flags, _words),
+    ),
+    "count_high_bfloat16": (
+        count_high_bfloat16,
+        types.void(_words, _words, _count, _floats, _long, _counts),
+    ),
+    "count_low_bfloat16": (
+        count_low_bfloat16,
+        types.void(_words, _words, _count, _count, _floats, _long, _counts),
+    ),
+    "elect_bfloat16": (
+        elect_bfloat16,
+        types.void(
+            *(_words, _words, _counts, _counts, _floats, _floats, _count, _count, _count),
+            *(_floats, _long, _flags, _words),
+        ),
     ),
 }
 """Name -> the loop and its signature."""

@@ -36,6 +36,9 @@ ARGUMENTS = {
     "add_bfloat16": POINTERS * 4 + LENGTHS * 3 + POINTERS * 4,
     "gram_bfloat16": POINTERS + LENGTHS * 3 + POINTERS * 3,
     "combine_bfloat16": POINTERS * 2 + LENGTHS * 2 + POINTERS * 5,
+    "count_high_bfloat16": POINTERS * 2 + LENGTHS + POINTERS * 3,
+    "count_low_bfloat16": POINTERS * 2 + LENGTHS * 2 + POINTERS * 3,
+    "elect_bfloat16": POINTERS * 6 + LENGTHS * 3 + POINTERS * 4,
 }
 """As the signatures in `_loops.py` have them."""
 
@@ -131,6 +134,58 @@ def combine_bfloat16(models: np.ndarray, factors: np.ndarray, out: np.ndarray) -
         at,
         at,
         totals.ctypes.data,
+        nan.ctypes.data,
+        out.ctypes.data,
+    )
+    return bool(nan[0])
+
+
+def count_bfloat16(
+    base: np.ndarray, model: np.ndarray, high: int | None, counts: np.ndarray
+) -> None:
+    """Add to counts the magnitude bits of the float32 changes of model (n,) over base (n,), both
+    bfloat16 as uint16: the upper 16 of 31, or, of those whose upper ones are `high`, the lower 15.
+    """
+    scratch = np.empty((3, TILE), np.float32)
+    at = scratch.ctypes.data
+    first, last = (base.ctypes.data, model.ctypes.data), (base.size, at, at, counts.ctypes.data)
+    if high is None:
+        _loops()["count_high_bfloat16"](*first, *last)
+    else:
+        _loops()["count_low_bfloat16"](*first, high, *last)
+
+
+def elect_bfloat16(
+    base: np.ndarray,
+    models: np.ndarray,
+    limits: np.ndarray,
+    equals: np.ndarray,
+    weights: np.ndarray,
+    scale: float,
+    normalize: bool,
+    out: np.ndarray,
+) -> bool:
+    """out (n,) = base (n,) + scale * sum of the weighted changes of models (k, n) that agree in
+    sign, all bfloat16 as uint16, in float32 and rounded once; with `normalize` divided by their
+    weights (k,) float32.
+
+    Of the changes those stay whose magnitude bits are above limits (k,) int64, and the first equals
+    (k,) int64 at them; equals becomes what is left. Returns whether a NaN is among `out`.
+    """
+    scratch, nan = np.empty((len(models) + 6, TILE), np.float32), np.zeros(1, np.uint8)
+    by, at = np.array([scale], np.float32), scratch.ctypes.data
+    _loops()["elect_bfloat16"](
+        base.ctypes.data,
+        models.ctypes.data,
+        limits.ctypes.data,
+        equals.ctypes.data,
+        weights.ctypes.data,
+        by.ctypes.data,
+        normalize,
+        len(models),
+        out.size,
+        at,
+        at,
         nan.ctypes.data,
         out.ctypes.data,
     )

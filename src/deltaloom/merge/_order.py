@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deltaloom.merge import _kernels as kernels
+HIGH_BINS = 1 << 16
+LOW_BITS = 15
+LOW_BINS = 1 << LOW_BITS
 
 
 class OrderStatistics:
@@ -26,38 +28,54 @@ class OrderStatistics:
         """After two scans: per rank how many elements have its magnitude."""
         self.bits = [0] * len(ranks)
         """After two scans: per rank the magnitude bits (31) of its element."""
-        self._counts = {0: np.zeros(kernels.HIGH_BINS, np.int64)}
+        self._counts = {0: np.zeros(HIGH_BINS, np.int64)}
 
     @property
     def nbytes(self) -> int:
         """Bytes held at most: the bins of both scans, when the second's take the first's place."""
-        return 8 * (kernels.HIGH_BINS + len(self.bits) * kernels.LOW_BINS)
+        return 8 * (HIGH_BINS + len(self.bits) * LOW_BINS)
 
     def count(self, number: int, bits: np.ndarray) -> None:
         """See one block of float32 as uint32 (n,) in scan 0 or 1."""
+        from deltaloom.merge import _kernels as kernels  # starts the compiler
+
         if number == 0:
             kernels.count_high(bits, self._counts[0])
         else:
             for high, counts in self._counts.items():
                 kernels.count_low(bits, high, counts)
 
+    def count_changes(self, number: int, base: np.ndarray, model: np.ndarray) -> None:
+        """See the changes of model (n,) over base (n,), bfloat16 as uint16."""
+        from deltaloom.merge._native import count_bfloat16
+
+        for high, counts in self._counts.items():
+            count_bfloat16(base, model, high if number else None, counts)
+
     def counted(self, number: int) -> None:
         """Scan 0 has found the bins of the wanted elements, scan 1 their exact magnitudes."""
         if number == 0:
             for i, rank in enumerate(self.equal):
-                self.bits[i], self.equal[i] = kernels.from_top(self._counts[0], rank)
+                self.bits[i], self.equal[i] = from_top(self._counts[0], rank)
                 self.totals[i] = int(self._counts[0][self.bits[i]])
-            self._counts = {high: np.zeros(kernels.LOW_BINS, np.int64) for high in self.bits}
+            self._counts = {high: np.zeros(LOW_BINS, np.int64) for high in self.bits}
         else:
             for i, high in enumerate(self.bits):
-                low, self.equal[i] = kernels.from_top(self._counts[high], self.equal[i])
-                self.bits[i] = high << kernels.LOW_BITS | low
+                low, self.equal[i] = from_top(self._counts[high], self.equal[i])
+                self.bits[i] = high << LOW_BITS | low
                 self.totals[i] = int(self._counts[high][low])
             self._counts = {}
 
     def values(self) -> np.ndarray:
         """The magnitudes themselves, float32, in the order of the ranks."""
         return np.array(self.bits, np.uint32).view(np.float32)
+
+
+def from_top(counts: np.ndarray, rank: int) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest (1 = largest) and the rank inside that bin."""
+    total = counts[::-1].cumsum()
+    i = int(np.searchsorted(total, rank))
+    return counts.size - 1 - i, rank - int(total[i - 1] if i else 0)
 
 
 class Quantiles:

@@ -61,8 +61,10 @@ class TensorRule(ABC):
     def write(self, block: Block) -> None:
         """Fill `block.out`."""
 
-    def scan_bits(self, number: int, start: int, models: np.ndarray) -> None:
-        """See the stored bfloat16 of models (k, n), uint16, from flat element `start` on."""
+    def scan_bits(self, number: int, start: int, base: np.ndarray, models: np.ndarray) -> None:
+        """See the stored bfloat16 of base (n,), if it is needed, and models (k, n), uint16, from
+        flat element `start` on.
+        """
         raise NotImplementedError
 
     def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> bool:

@@ -6,7 +6,8 @@ Apart from the settings, so that reading those loads no numerics.
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from functools import cached_property, partial
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,11 +64,10 @@ class SelectiveTensor(TensorRule):
     """One tensor under `Selective`: thresholds by radix selection, or keys of the draws."""
 
     def __init__(self, rule: Selective, tensor: TensorEntry, models: int):
-        from deltaloom.merge import _kernels  # starting the compiler takes half a second
         from deltaloom.merge._order import OrderStatistics
 
-        self.kernels = _kernels
         self.spec, self.shares = rule.spec, rule.shares
+        self.takes_bits = self.spec.consensus and self.spec.sparsify in ("none", "magnitude")
         kept = max(1, int(self.spec.density * tensor.count))
         self.orders: list[OrderStatistics] = []
         if self.spec.sparsify in ("magnitude", "middle") and kept < tensor.count:
@@ -82,10 +82,22 @@ class SelectiveTensor(TensorRule):
             self.unit = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.count
         self.keys = [_key(rule.seed, tensor.name, i) for i in range(models)]
 
+    @cached_property
+    def kernels(self) -> ModuleType:
+        """The compiled loops; starting the compiler takes half a second."""
+        from deltaloom.merge import _kernels
+
+        return _kernels
+
     def scan(self, number: int, block: Block) -> None:
         """See OrderStatistics."""
         for order, change in zip(self.orders, block.models, strict=True):
             order.count(number, change.astype(np.float32, copy=False).view(np.uint32))
+
+    def scan_bits(self, number: int, start: int, base: np.ndarray, models: np.ndarray) -> None:
+        """See OrderStatistics."""
+        for order, model in zip(self.orders, models, strict=True):
+            order.count_changes(number, base, model)
 
     def scanned(self, number: int) -> None:
         """See OrderStatistics."""
@@ -113,6 +125,21 @@ class SelectiveTensor(TensorRule):
         else:
             factors = np.array([self.spec.scale * share for share in self.shares], block.out.dtype)
             self.kernels.add_combined(block.base, block.models, factors, block.out)
+
+    def write_bits(self, base: np.ndarray, models: np.ndarray, out: np.ndarray) -> bool:
+        """Trim, and sum what agrees."""
+        from deltaloom.merge._native import elect_bfloat16
+
+        whole = [(0, base.size)] * len(models)  # where all stay: those of no size too
+        kept = [(order.bits[0], order.equal[0]) for order in self.orders] or whole
+        limits, equals = np.array(kept, np.int64).T.copy()
+        weights, spec = np.array(self.shares, np.float32), self.spec
+        found = elect_bfloat16(
+            base, models, limits, equals, weights, spec.scale, spec.normalize, out
+        )
+        for order, left in zip(self.orders, equals, strict=False):
+            order.equal[0] = int(left)
+        return found
 
     def _trim(self, i: int, change: np.ndarray) -> None:
         single = change.astype(np.float32, copy=False)

@@ -81,7 +81,7 @@ class SpanTensor(TensorRule):
         with np.errstate(all="ignore"):  # a NaN among the numbers reaches the whole output
             self.weights = np.ascontiguousarray(self.rule.coefficients(self.gram, self.name))
 
-    def scan_bits(self, number: int, start: int, models: np.ndarray) -> None:
+    def scan_bits(self, number: int, start: int, base: np.ndarray, models: np.ndarray) -> None:
         """See TensorRule."""
         from deltaloom.merge._native import gram_bfloat16
 

@@ -104,22 +104,23 @@ class Merge:
     ) -> None:
         """All passes on the numbers as they are stored."""
 
-        def stored(block: Block) -> np.ndarray:
+        def stored(block: Block) -> tuple[np.ndarray, np.ndarray]:
             k, n = block.models.shape
             models = block.models.ravel().view(np.uint16)[: k * n].reshape(k, n)
             for part, bits in zip(parts, models, strict=True):
                 part.read(block.start, bits)
-            return models
+            base = space.raw.view(np.uint16)[:n]
+            if self.rule.needs_base:
+                own.read(block.start, base)
+            return base, models
 
         for number in range(rule.scans):
             for block in self._blocks(own.tensor, space, np.dtype(np.float32)):
-                rule.scan_bits(number, block.start, stored(block))
+                rule.scan_bits(number, block.start, *stored(block))
             rule.scanned(number)
         for block in self._blocks(own.tensor, space, np.dtype(np.float32)):
-            models, n = stored(block), block.out.size
-            base, out = space.raw.view(np.uint16)[: 2 * n].reshape(2, n)
-            if self.rule.needs_base:
-                own.read(block.start, base)
+            base, models = stored(block)
+            out = space.raw.view(np.uint16)[base.size : 2 * base.size]
             if rule.write_bits(base, models, out):
                 self._blame(block, [own, *parts], own.tensor)
             self.writer.write(target.name, block.start, out)
