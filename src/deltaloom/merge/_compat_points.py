@@ -96,8 +96,10 @@ class SlerpTensor(RowTensor):
             for i, one in enumerate(models):
                 self.add(i, one, block.start, squares=True)
             return
-        units = [one / length for one, length in zip(models, self.lengths, strict=True)]
-        self.add("cosine", units[0] * units[1], block.start)
+        for one, length in zip(models, self.lengths, strict=True):
+            np.divide(one, length, out=one)
+        first, second = models
+        self.add("cosine", np.multiply(first, second, out=first), block.start)
 
     def scanned(self, number: int) -> None:
         """Find the coefficients."""

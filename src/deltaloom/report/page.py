@@ -17,6 +17,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.report import (
     cost,
     headline,
+    likeness,
     mixture,
     numbers,
     provenance,
@@ -71,6 +72,7 @@ def render(report: Report) -> str:
         groups=[_group(report, group) for group in found],
         ledger=cost.ledger(report),
         training=_training(report),
+        likenesses=[(one, _alike(one)) for one in likeness.likenesses(report)],
         selections=[_selection(one, largest) for one in chosen],
         mixtures=[_mixture(one) for one in mixture.mixtures(report)],
         staged=stages.staged(report),
@@ -197,6 +199,15 @@ def _training(report: Report) -> dict[str, Any] | None:
             for metric, series in found.evaluations.items()
         ],
     }
+
+
+def _alike(one: likeness.Likeness) -> Markup | None:
+    drawn = [line.series for line in one.lines if line.series.points]
+    if not drawn:
+        return None
+    names = ", ".join(line.label for line in one.lines)
+    alt = f"CKA with {one.other} by layer on {one.task}, of {names}"
+    return svg.lines(drawn, alt, "layer: embeddings, blocks, norm")
 
 
 def _selection(one: selection.Selection, largest: float | None) -> dict[str, Any]:
