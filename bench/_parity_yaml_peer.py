@@ -1,4 +1,4 @@
-"""The mergekit side of `_parity_yaml.py`; run by the interpreter that has mergekit.
+"""The mergekit side of the parity by YAML; run by the interpreter that has mergekit.
 
     python bench/_parity_yaml_peer.py FOLDER
 
@@ -58,11 +58,12 @@ def main() -> None:
     os.chdir(home)
     stable()
     fusion._QUANTILE_SAMPLE_SIZE = 10**12
-    uniform = load_file(home / "draws.safetensors")
-    given(uniform)
-    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    if (drawn := home / "draws.safetensors").exists():
+        given(load_file(drawn))
     for number, (_, config) in enumerate(json.loads((home / "jobs.json").read_text())):
         out = str(home / "theirs" / str(number))
+        words = bool({"tokenizer", "tokenizer_source"} & set(config))
+        options = MergeOptions(copy_tokenizer=words, write_model_card=False, quiet=True)
         run_merge(MergeConfiguration.model_validate(config), out, options)
 
 

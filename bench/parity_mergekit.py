@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import _parity_vocabulary
 import _parity_yaml
 import numpy as np
 import torch
@@ -251,6 +252,9 @@ def whole_files(home: Path, python: str, quick: bool) -> list[dict[str, object]]
     results = []
     for name, unequal, beyond, worst in _parity_yaml.compare(home, jobs):
         print(f"    {name:45s} {unequal:9.4%} {beyond:9.4%} {worst:9.3g}")
+        results.append(row(f"by YAML, {name}: not equal to the bit", unequal, 0.0, "share"))
+    for name, unequal in _parity_vocabulary.compare(home / "words", python, quick):
+        print(f"    {name:57s} {unequal:9.4%}")
         results.append(row(f"by YAML, {name}: not equal to the bit", unequal, 0.0, "share"))
     return results
 
