@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import get, methods
+from deltaloom.core.spec import explain
 from deltaloom.core.tensors import TensorEntry
 from deltaloom.merge._rule import Block
 from deltaloom.merge.arithmetic import PRESETS, Arithmetic
@@ -380,7 +381,7 @@ def test_the_table_is_the_registry():
         assert listed[name].summary == row["summary"]
         assert isinstance(listed[name].make(), Arithmetic)
         assert not listed[name].make().model_fields_set - set(row)
-    assert all(field.description for field in Arithmetic.model_fields.values())
+    assert all(explain(Arithmetic, key) for key in Arithmetic.model_fields)
 
 
 @pytest.mark.parametrize(
