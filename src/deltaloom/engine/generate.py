@@ -86,7 +86,7 @@ def generate_greedily(
         raise InputError(f"prompt {kept.index([]) + 1} has no tokens; begin it with start_token")
     order = sorted(range(len(kept)), key=lambda i: (-len(kept[i]), i))
     widths = [len(kept[i]) + max_new_tokens for i in order]
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = padding_token(tokenizer)
     settings = GenerationConfig(
         do_sample=False,
@@ -204,7 +204,7 @@ class _StopTexts(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """All end-of-sequence ids; chat models have several and name them in the generation config."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = named if isinstance(named, list | tuple) else [named]

@@ -1,0 +1,1 @@
+"""One base with many tasks behind OpenAI's interface, requests of all tasks in one batch."""
