@@ -176,31 +176,29 @@ def test_seeded_draws_do_not_depend_on_the_batch(service):
     assert other.text != alone
 
 
-def test_what_a_broken_task_leaves_behind_reaches_nobody(shelf):
+def test_what_a_broken_row_leaves_behind_reaches_nobody(shelf):
     """A row's places may hold no numbers at all; whoever gets them next must not see that."""
-    service = served(shelf, ["lora"], batch=3)
+    service = served(shelf, [], batch=3)
     try:
-        with torch.inference_mode():
-            service.worker.call(lambda: service.lane.stack.use([])).result()
         held = threading.Event()
         service.worker.call(lambda: held.wait(5))
-        first = [Asked(service, "base", text).submit(service) for text in texts(3)]
+        first = [Asked(service, "base", "tom " * n).submit(service) for n in (9, 3, 2)]
 
         def spoil():
             service.lane.step()
-            for layer in service.lane.ragged.cache.own:
-                layer.keys[:] = float("nan")
-                layer.values[:] = float("inf")
+            cache = service.lane.ragged.cache
+            for layer in cache.own:
+                layer.keys[: cache._reach[0]] = float("nan")
+                layer.values[: cache._reach[0]] = float("nan")
 
         service.worker.call(spoil)
         rest = [Asked(service, "base", text).submit(service) for text in texts(6, seed=3)]
         held.set()
-        for one in first:
-            one.end.result(timeout=20)
-        assert all(one.pieces[-1].finish == "error" for one in first)
+        assert first[0].end.result(timeout=20) is not None
         assert "no finite logits" in first[0].pieces[-1].error
         ids = service.reader.tokenizer(texts(6, seed=3))["input_ids"]
         assert [one.text for one in rest] == [a.text for a in answers(shelf, "base", ids, NEW)]
+        assert {one.pieces[-1].finish for one in first[1:]} <= {"stop", "length"}
     finally:
         service.worker.stop()
 
