@@ -129,6 +129,25 @@ def report(
     print(out)
 
 
+@app.command()
+def serve(
+    settings: Pairs = None,
+    export: Annotated[
+        str | None, typer.Option(help="vllm or transformers: write its launch file, out=.")
+    ] = None,
+) -> None:
+    """Many tasks behind one base, OpenAI's interface: base=, deltas=, router=, host=, port=."""
+    from deltaloom.cli.serve import launch_file
+    from deltaloom.cli.serve import serve as start
+
+    pairs = nest(parse_pairs(settings))
+    if export is not None:
+        launch_file(export, pairs)
+        return
+    _collect_often()
+    start(pairs)
+
+
 app.command("ls")(look.ls)
 app.command("show")(look.show)
 app.command("schema")(look.schema)

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
@@ -165,6 +166,9 @@ class Endpoints:
                 response = _refused(Refusal(400, str(error)))
             except ClientDisconnect:
                 response = Response(status_code=GONE)
+            except Exception:
+                traceback.print_exc()
+                response = _refused(Refusal(500, "the server failed", kind="server_error"))
             status = str(response.status_code)
             self.service.metrics.add(TOLD, 1, path=path, model=call.state.model, status=status)
             if not isinstance(response, StreamingResponse):

@@ -218,8 +218,6 @@ class Generation:
             if texts > LONG_TEXT:
                 return await asyncio.to_thread(self.task.reader, self._encode)
             return self.task.reader(self._encode)
-        except UnicodeEncodeError:
-            raise Refusal(400, "the text holds half a surrogate pair: no Unicode text") from None
         except (InputError, TemplateError) as error:
             raise Refusal(400, str(error)) from None
 

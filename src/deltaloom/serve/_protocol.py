@@ -165,6 +165,12 @@ def read_request(body: bytes, kind: type[Request]) -> Any:
         raise Refusal(400, f"the body is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise Refusal(400, "the body must be a JSON object")
+    try:
+        # Only an escape can bring one in, and nothing that reads or writes texts takes it.
+        if b"\\ud" in body.lower():
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refusal(400, "the body holds half a surrogate pair: no Unicode text") from None
     for key, neutral in NEUTRAL.items():
         if key in values and values.pop(key) not in neutral:
             raise Refusal(

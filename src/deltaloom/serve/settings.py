@@ -83,7 +83,7 @@ class Serving(Spec):
             raise InputError(f"examples.{unknown[0]}: no such task; known: {', '.join(self.names)}")
         if self.examples and self.router is None:
             raise InputError("examples are for a router; say where it is kept: router=FILE")
-        if not self._is_loopback and api_key() is None:
+        if not self.is_loopback and api_key() is None:
             raise InputError(
                 f"host = {self.host!r}: listening beyond this machine needs a key; set {KEY}"
             )
@@ -100,7 +100,8 @@ class Serving(Spec):
         return [self.base_name, *self.deltas]
 
     @property
-    def _is_loopback(self) -> bool:
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
         if self.host == "localhost":
             return True
         try:
