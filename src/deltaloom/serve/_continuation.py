@@ -55,7 +55,8 @@ class Continuation:
     """When its first token was there."""
 
     def __post_init__(self) -> None:
-        self._draws = random.Random(self.seed)
+        # Making one takes as long as a token of a small model.
+        self._draws = random.Random(self.seed) if self.sampling.temperature > 0 else None
         self._text: GrowingText | None = None
 
     @property
@@ -74,8 +75,8 @@ class Continuation:
         return self.before + len(self.prompt) + self.max_tokens
 
     def draw(self) -> float:
-        """The next number in [0, 1); none is used up where nothing is drawn."""
-        return self._draws.random() if self.sampling.temperature > 0 else 0.0
+        """The next number in [0, 1), for a token that is drawn."""
+        return 0.0 if self._draws is None else self._draws.random()
 
     def begin(self, tokenizer: Any) -> None:
         """Be admitted: its text is decoded by this tokenizer."""

@@ -213,7 +213,8 @@ class Generation:
         if isinstance(request, Chat):
             texts = sum(len(turn["content"]) for turn in request.turns)
         else:
-            texts = sum(len(one) for one in request.prompt if isinstance(one, str))
+            given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+            texts = sum(len(one) for one in given if isinstance(one, str))
         try:
             if texts > LONG_TEXT:
                 return await asyncio.to_thread(self.task.reader, self._encode)

@@ -141,9 +141,11 @@ class Service:
         self.metrics.add("deltaloom_routed_total", model=name)
         return name
 
-    def resident_bytes(self) -> int:
-        """Bytes of the weights held, tensors that models share counted once."""
-        return _loading.resident_bytes([lane.ragged.model for lane in self.worker.lanes])
+    def weight_bytes(self) -> int:
+        """Bytes of the weights held, low-rank factors too; what models share counts once."""
+        lanes = [*self.worker.lanes]
+        stacked = sum(lane.stack.nbytes for lane in lanes)
+        return _loading.resident_bytes([lane.ragged.model for lane in lanes]) + stacked
 
     def _load_base(self) -> None:
         base = self.settings.base
@@ -161,6 +163,9 @@ class Service:
         self.tasks[name] = self._named(name, "base", base.model, self.lane, self.reader)
         self.metrics.counter("deltaloom_routed_total", "Requests to `auto`, by where they went.")
         self.metrics.gauge("deltaloom_models", "Models to ask for.", lambda: len(self.tasks))
+        self.metrics.gauge(
+            "deltaloom_weight_bytes", "Bytes of all weights held.", self.weight_bytes
+        )
 
     def _lane(self, ragged: RaggedModel, tokenizer: Any) -> Lane:
         chosen = self.settings

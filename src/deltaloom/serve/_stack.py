@@ -50,6 +50,8 @@ class _Stacked:
     """(tasks + 1, out), the last of them zero"""
     ranks: tuple[int, ...]
     """By stacked task: the key of the mask."""
+    owner: Tensor
+    """(R,), whose task's a column is"""
 
 
 class AdapterStack:
@@ -62,8 +64,17 @@ class AdapterStack:
         self._stacked: dict[str, _Stacked] = {}
         self._order: list[str] = []
         self._masks: dict[tuple[int, ...], Tensor | None] = {}
+        """By ranks: (b, 1, R), true where a column is not the row's task's; None where none is."""
         self._own: Tensor | None = None
         self._used: tuple[str | None, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors held, those stacked for the rows under way with them."""
+        parts = [part for parts in [*self._tasks.values()] for part in parts.values()]
+        held = [*parts, *self._stacked.values()]
+        each = [one for part in held for one in (part.a, part.b, part.rows)]
+        return sum(tensor.nbytes for tensor in each if tensor is not None)
 
     def add(self, name: str, factors: Mapping[str, Factors], weights: Any) -> None:
         """Take a task's factors, by tensor of the base.
@@ -113,7 +124,9 @@ class AdapterStack:
         own = torch.tensor([place.get(task, -1) if task else -1 for task in tasks])  # (b,)
         for stacked in self._stacked.values():
             if stacked.ranks not in self._masks:
-                self._masks[stacked.ranks] = _mask(stacked.ranks, own, stacked.a.device)
+                mask = stacked.owner[None] != own[:, None]  # (b, R)
+                hidden = mask[:, None].to(stacked.a.device) if bool(mask.any()) else None
+                self._masks[stacked.ranks] = hidden
         self._own = own
 
     def _forget(self, name: str) -> None:
@@ -159,13 +172,6 @@ class AdapterStack:
         return apply
 
 
-def _mask(ranks: tuple[int, ...], own: Tensor, device: torch.device) -> Tensor | None:
-    """(b, 1, R), true where a column is not the row's task's; None where nothing is masked."""
-    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))  # (R,)
-    mask = owner[None] != own[:, None]
-    return mask[:, None].to(device) if bool(mask.any()) else None
-
-
 def _stack(parts: Sequence[_Part | None]) -> _Stacked:
     there = [part for part in parts if part is not None]
     rows = None
@@ -173,9 +179,11 @@ def _stack(parts: Sequence[_Part | None]) -> _Stacked:
         nothing = torch.zeros_like(there[0].b[0])
         each = [nothing if part is None or part.rows is None else part.rows for part in parts]
         rows = torch.stack([*each, nothing])
+    ranks = tuple(0 if part is None else len(part.a) for part in parts)
     return _Stacked(
         torch.cat([part.a for part in there]),
         torch.cat([part.b for part in there]),
         rows,
-        tuple(0 if part is None else len(part.a) for part in parts),
+        ranks,
+        torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
     )

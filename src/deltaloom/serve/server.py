@@ -57,8 +57,9 @@ class Server:
     def serve(self) -> None:
         """Answer until SIGTERM, SIGINT or `stop`; then let what is under way finish."""
         try:
-            with _signals(self.stop):
-                asyncio.run(self._run())
+            loops = self._uvicorn.config.get_loop_factory()
+            with _signals(self.stop), asyncio.Runner(loop_factory=loops) as runner:
+                runner.run(self._run())
         finally:
             self.service.worker.stop()
             self.socket.close()
