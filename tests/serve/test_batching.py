@@ -7,8 +7,10 @@ import pytest
 import torch
 from serve.shelf import ALONE, KINDS, LOW_RANK, PROMPTS, answers, shelf_in, texts
 
+from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.serve._continuation import Continuation, Piece
+from deltaloom.serve._forward import RaggedModel
 from deltaloom.serve._sampling import Sampling
 from deltaloom.serve._service import Service
 from deltaloom.serve._worker import Overloaded
@@ -160,6 +162,27 @@ def test_a_model_that_keeps_states_is_refused(tmp_path):
     tokenizer_in(tmp_path / "base")
     with pytest.raises(InputError, match="MambaForCausalLM cannot be served in batches"):
         served(tmp_path, [])
+
+
+def test_bfloat16(shelf):
+    base = {"model": str(shelf / "base"), "dtype": "bfloat16"}
+    service = served(shelf, ["lora", "whole"], base=base)
+    try:
+        assert service.lane.ragged.model.dtype == torch.bfloat16
+        assert Asked(service, "lora", "tom").submit(service).text
+        assert Asked(service, "whole", "tom").submit(service).text
+    finally:
+        service.worker.stop()
+
+
+def test_a_mask_that_a_model_takes_otherwise_is_noticed(shelf, monkeypatch):
+    """As a model with masks of its own would."""
+    for dtype in ("float32", "bfloat16"):
+        ragged = RaggedModel(Base(model=str(shelf / "base")).load(dtype), "this")
+        ragged.check()
+        monkeypatch.setattr(ragged, "_mask", lambda positions, seen: None)
+        with pytest.raises(InputError, match=r"this: LlamaForCausalLM cannot be served .*alone"):
+            ragged.check()
 
 
 def test_seeded_draws_do_not_depend_on_the_batch(service):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,6 +129,11 @@ def test_auto(shelf, capfd):
             answer = client.chat.completions.create(model="auto", messages=turns, max_tokens=3)
             assert answer.model == task
         assert server.service.metrics.value("deltaloom_routed_total", model="lora") == 2
+        asked = {"model": "auto", "max_tokens": 1}
+        with ThreadPoolExecutor(8) as pool:
+            many = ["who likes max ben ?", "where lives max sue ?"] * 8
+            found = pool.map(lambda text: client.completions.create(prompt=text, **asked), many)
+            assert [one.model for one in found] == ["lora", "prompt"] * 8
     finally:
         server.stop()
         thread.join(timeout=20)

@@ -357,6 +357,18 @@ def test_a_port_in_use(server, shelf):
         Server(Serving.parse({"base": str(shelf / "base"), "port": port}, "serve"))
 
 
+def test_a_drain_has_an_end(shelf):
+    with running(shelf, drain_seconds=0.1) as server:
+        client = client_of(server)
+        stream = client.completions.create(model="base", prompt="tom", stream=True, n=64, **LONG)
+        next(iter(stream))
+        begun = time.monotonic()
+    # Nobody reads, and the server has ended all the same.
+    assert time.monotonic() - begun < 10
+    assert not server.service.worker.alive
+    stream.close()
+
+
 def test_a_signal_drains(shelf):
     """The real command: SIGTERM lets the stream under way finish, then the exit code is 0."""
     process = subprocess.Popen(

@@ -48,7 +48,7 @@ class _Layer(CacheLayerMixin):
 
     def _write(self, held: Any, new: Tensor) -> Tensor:
         owner = self.owner
-        held.index_copy_(0, owner.places, new.transpose(1, 2).flatten(0, 1))
+        held.index_copy_(0, owner.places.to(held.device), new.transpose(1, 2).flatten(0, 1))
         rows = held.view(owner.rows, owner.width, *held.shape[1:])
         return rows[owner.first : owner.end, : owner.seen].transpose(1, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -51,7 +52,8 @@ class Mail:
         """Send off what was kept; on the worker's thread."""
         if self._news and self.loop is not None and not self.loop.is_closed():
             news, self._news = self._news, []
-            self.loop.call_soon_threadsafe(_hand_out, news)
+            with contextlib.suppress(RuntimeError):  # closed in this moment: nobody waits any more
+                self.loop.call_soon_threadsafe(_hand_out, news)
 
 
 def _hand_out(news: list[tuple[Callable[[Any], None], Any]]) -> None:

@@ -118,7 +118,8 @@ def share(model: Any, shared: Any) -> int:
         twin = held.get(name)
         if twin is None or twin.data_ptr() == tensor.data_ptr():
             continue
-        if twin.shape == tensor.shape and twin.dtype == tensor.dtype and torch.equal(twin, tensor):
+        alike = [(one.shape, one.dtype, one.device) for one in (twin, tensor)]
+        if alike[0] == alike[1] and torch.equal(twin, tensor):
             tensor.data = twin.data
             saved += twin.nbytes
     return saved

@@ -41,6 +41,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 CHOICES = 64
 """Most continuations that one request may ask for. Ours; OpenAI allows n up to 128."""
 
+STOPS = 16
+"""Most stop texts of a request. Ours; OpenAI allows 4."""
+
 
 class Refusal(Exception):
     """An answer that is an error, in OpenAI's form."""
@@ -87,7 +90,11 @@ class Request(Spec):
     """Nucleus; 1 where it is not given."""
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     """Answers for one prompt."""
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)] = ()
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(max_length=STOPS),
+        BeforeValidator(_listed),
+    ] = ()
     """Texts that end an answer and are no part of it."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Makes draws repeatable."""

@@ -26,6 +26,8 @@ def choose(logits: Tensor, rules: Sequence[Sampling], draws: Sequence[float]) ->
     A draw is a number in [0, 1) that picks a token by the cumulated probabilities, so that a row's
     tokens depend on its draws and not on the rows beside it.
     """
+    if logits.device.type == "mps":
+        logits = logits.cpu()  # there is no float64 there
     best = logits.max(dim=-1)
     finite = best.values.isfinite().tolist()
     chosen: list[int | None] = best.indices.tolist()

@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ class Service:
         self.worker = Worker(settings.queue, self.metrics, after_step)
         self.tasks: dict[str, Task] = {}
         self.router: router.Router | None = None
+        self._asked: list[tuple[Any, Future[np.ndarray]]] = []
+        """Prompts that wait for the router: the event loop adds, the worker takes all."""
+        self._asking = threading.Lock()
         self._keys = itertools.count()
         self._changing = threading.Lock()
         self._load_base()
@@ -133,11 +137,16 @@ class Service:
             self.worker.when(lambda: not lane.busy, lambda: self.worker.lanes.remove(lane))
 
     async def route(self, text: str) -> str:
-        """The task that the router chooses for a prompt."""
+        """The task that the router chooses for a prompt; who asks together is read together."""
         assert self.router is not None
         row = self.reader(lambda tokenizer: router.encoded(text, tokenizer))
-        embedded = await asyncio.wrap_future(self.worker.call(lambda: self._embed([row])))
-        ((name, _),) = self.router.route(embedded)
+        embedded: Future[np.ndarray] = Future()
+        with self._asking:
+            self._asked.append((row, embedded))
+            first = len(self._asked) == 1
+        if first:
+            self.worker.call(self._embed_asked)
+        ((name, _),) = self.router.route(await asyncio.wrap_future(embedded))
         self.metrics.add("deltaloom_routed_total", model=name)
         return name
 
@@ -204,6 +213,19 @@ class Service:
         self.lane.stack.use([])
         pad = padding_token(self.lane.writer)
         return embeddings(self.lane.ragged.model, rows, pad)
+
+    def _embed_asked(self) -> None:
+        """Embed all prompts that wait for the router; on the worker's thread."""
+        with self._asking:
+            asked, self._asked = self._asked, []
+        rows, futures = zip(*asked, strict=True)
+        try:
+            found = self._embed(rows)
+            for i, future in enumerate(futures):
+                future.set_result(found[i : i + 1])
+        except Exception as error:
+            for future in futures:
+                future.set_exception(error)
 
     def _ready_router(self, path: Path) -> router.Router:
         """The router in a file, trained first where the file or its rows are not there."""

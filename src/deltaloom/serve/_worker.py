@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from deltaloom.core.errors import WorkError
 from deltaloom.core.progress import say
 from deltaloom.serve._continuation import Continuation
 from deltaloom.serve._lane import Done, Lane
 from deltaloom.serve._metrics import ROWS, Metrics
+
+CLOSING = "the server is shutting down"
 
 
 class Overloaded(Exception):
@@ -75,8 +78,11 @@ class Worker:
         """Have something done between two steps."""
         future: Future[Any] = Future()
         with self._changed:
-            self._calls.append((work, future))
-            self._changed.notify()
+            if self._closing:
+                future.set_exception(WorkError(CLOSING))
+            else:
+                self._calls.append((work, future))
+                self._changed.notify()
         return future
 
     def when(self, free: Callable[[], bool], work: Callable[[], None]) -> None:
@@ -125,12 +131,13 @@ class Worker:
                     (free, work) for free, work in self._leaving if not _left(free, work)
                 ]
                 self.after_step()
+        waiting = [one for lane in self.lanes for one in lane.waiting]
+        for one in (*waiting, *(one for _, one in self._inbox)):
+            one.drop("error", CLOSING)
         for lane in self.lanes:
-            lane.fail("the server is shutting down")
-            for one in lane.waiting:
-                one.drop("error", "the server is shutting down")
-        for _, one in self._inbox:
-            one.drop("error", "the server is shutting down")
+            lane.fail(CLOSING)
+        for _, future in self._calls:
+            future.set_exception(WorkError(CLOSING))
         self.after_step()
 
     def _step(self, lane: Lane) -> None:
