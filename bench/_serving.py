@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ def server(base: Path, deltas: dict[str, Path], *settings: str) -> Iterator[Runn
         for line in process.stderr:
             said.append(line)
             if line.startswith("serving"):
+                threading.Thread(target=process.stderr.read, daemon=True).start()
                 yield Running(process, int(line.rpartition(":")[2].split("/")[0]))
                 break
         else:

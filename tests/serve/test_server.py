@@ -231,12 +231,14 @@ def test_half_a_surrogate_pair(server):
         assert (status, b"surrogate" in told) == (400, True)
 
 
-def test_paths_methods_and_no_http(server):
+def test_paths_methods_and_no_http(server, capfd):
     assert post(server, "/v1/embeddings", {})[0] == 404
     assert post(server, "/health", {})[0] == 405
     with socket.create_connection(server.socket.getsockname()[:2]) as raw:
         raw.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert b"400" in raw.recv(1000)
+    # Who sends garbage writes no logs: a pipe that nobody reads would stop the server.
+    assert capfd.readouterr().err == ""
 
 
 def test_a_body_has_a_size(shelf):

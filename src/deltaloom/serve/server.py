@@ -38,7 +38,8 @@ class Server:
             raise
         config = uvicorn.Config(
             Endpoints(self.service, self.mail).app(),
-            log_level="warning",
+            # Warnings come a line for each piece of garbage, and a full pipe stops the loop.
+            log_level="error",
             access_log=False,
             lifespan="off",
             ws="none",
