@@ -3,6 +3,8 @@
 import os
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from core.small import byte_level, metaspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve.shelf import shelf_in
+from typer.testing import CliRunner
 
+from deltaloom.cli.main import app
 from deltaloom.core.errors import InputError
+from deltaloom.core.spec import explain
 from deltaloom.serve._metrics import Metrics
 from deltaloom.serve._sampling import Sampling, choose
 from deltaloom.serve._text import GrowingText
@@ -158,3 +163,28 @@ def test_what_other_engines_cannot_serve(engine, names, more, words, shelf, tmp_
     with pytest.raises(InputError, match=words):
         export(engine, serving(shelf, *names, **more), tmp_path / "run.sh")
     assert not (tmp_path / "run.sh").exists()
+
+
+def test_the_command_writes_launch_files(shelf, tmp_path):
+    out = tmp_path / "run.sh"
+    words = [f"base={shelf / 'base'}", f"deltas.law={shelf / 'lora'}", f"out={out}"]
+    told = CliRunner().invoke(app, ["serve", *words, "--export", "vllm"])
+    assert (told.exit_code, told.stdout) == (0, f"{out}\n")
+    assert f"law={shelf / 'lora'}" in last_words(out)
+    with pytest.raises(InputError, match="serve: 'base' is missing: The model under all tasks"):
+        CliRunner().invoke(app, ["serve", "port=1"], catch_exceptions=False)
+
+
+def test_without_the_extra(shelf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "deltaloom.serve.server", raising=False)
+    with pytest.raises(InputError, match=r"needs uvicorn; .*deltaloom\[serve\]"):
+        CliRunner().invoke(app, ["serve", f"base={shelf / 'base'}"], catch_exceptions=False)
+
+
+def test_the_page_has_every_setting():
+    """Texts live once, in the settings' docstrings; the page repeats them."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    for key in Serving.model_fields:
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{key}` |")]
+        assert line.endswith(f" | {explain(Serving, key)} |")
