@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from core.small import byte_level, metaspace
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from serve.shelf import shelf_in
 from typer.testing import CliRunner
@@ -54,6 +54,7 @@ STOPS = ["the cat", "ab", ". on", "é", "\n\n"]
 
 
 @settings(max_examples=150, deadline=None)
+@example("metaspace", "éééééé a", [])
 @given(
     st.sampled_from(sorted(TOKENIZERS)),
     st.text(alphabet=st.sampled_from("ab thec.\n on日é🙂"), min_size=1, max_size=40),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from deltaloom.engine.generate import cut_at_stop
 
 REACH = 6
-"""Tokens before the newest ones that are decoded with them, so that spaces come out as in the
+"""Pieces of text before the newest one that are decoded with it, so that spaces come out as in the
 whole text."""
 BROKEN = "�"
 """What a tokenizer writes for the first bytes of a character."""
@@ -24,18 +25,23 @@ class GrowingText:
         self.stopped = False
         self._ids: list[int] = []
         self._done = 0
+        """Tokens that are in `text`."""
+        self._pieces: deque[int] = deque([0], maxlen=REACH)
+        """Where the last pieces of text begin, and at first the beginning."""
         self._given = 0
         self._held = max((len(one) for one in stop), default=1) - 1
 
     def add(self, token: int) -> bool:
         """One more token; whether the text now holds a stop string."""
         self._ids.append(token)
-        begin = max(self._done - REACH, 0)
+        begin = self._pieces[0]
         before = self._decoded(self._ids[begin : self._done])
         both = self._decoded(self._ids[begin:])
         if both.endswith(BROKEN) or not both.startswith(before):
             return False
         fresh = both[len(before) :]
+        if fresh:  # tokens that say nothing are no text to lean on
+            self._pieces.append(self._done)
         self._done = len(self._ids)
         if not self.stop:
             self.text += fresh
