@@ -30,7 +30,7 @@ CLIENTS, NEW, SHORT, BOUND = 8, 32, 2, 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round, two tasks")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tasks", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def main() -> None:
         folder = Path(scratch)
         places = tasks_in(folder, count)
         results = throughput(folder, places, rounds, each)
-        results += overhead(folder, places, each)
+        results += overhead(folder, places, rounds, each)
     print(json.dumps({"bench": "serve", "results": results}))
 
 
@@ -84,52 +84,64 @@ def throughput(folder: Path, places: dict[str, Path], rounds: int, each: int) ->
     ]  # fmt: skip
 
 
-def overhead(folder: Path, places: dict[str, Path], each: int) -> list[dict]:
+def overhead(folder: Path, places: dict[str, Path], rounds: int, each: int) -> list[dict]:
     """One server of all tasks against a server for each, each with a whole model."""
     deltas = {name: path for name, path in places.items() if name != "base"}
     wholes = {name: whole_model(places["base"], path) for name, path in deltas.items()}
     asked = [(name, text) for text in prompts_of(folder, each) for name in deltas]
-    rows: dict[str, dict[str, Any]] = {}
+    count = len(deltas)
     set_ups = {
+        # As a merged or jointly tuned model would: any model with answers as long as the others'.
+        "one server, one model for all tasks": [(wholes["task0"], {})],
         "one server, adapters of one base": [(places["base"], deltas)],
-        "one server, whole models": [(next(iter(wholes.values())), wholes)],
+        "one server, whole models": [(places["base"], wholes)],
         "a server for each task, whole models": [(path, {}) for path in wholes.values()],
     }
-    for title, starts in set_ups.items():
-        with ExitStack() as stack:
-            running = [
-                stack.enter_context(server(base, own, "name=served")) for base, own in starts
-            ]
-            ports = [one.port for one in running] * (len(deltas) if len(running) == 1 else 1)
-            place = dict(zip(deltas, ports, strict=True))
-            names = {name: name if len(running) == 1 else "served" for name in deltas}
-            routed = [(place[name], names[name], text) for name, text in asked]
-            ask(routed[: 2 * CLIENTS], NEW)
-            begun = time.perf_counter()
-            ask(routed, NEW)
-            seconds = time.perf_counter() - begun
-            rows[title] = {
-                "private": sum(one.resident() for one in running),
-                "weights": sum(weights(one) for one in running),
-                "rate": len(asked) / seconds,
-            }
-    print(f"\n{len(deltas)} tasks:\n\n| set-up | private memory, MiB | weights, MiB | requests/s |")
-    print("|---|---|---|---|")
-    for title, row in rows.items():
+    with ExitStack() as stack:
+        running = {
+            title: [stack.enter_context(server(base, own, "name=served")) for base, own in starts]
+            for title, starts in set_ups.items()
+        }
+        rows: dict[str, list[list[float]]] = {title: [] for title in set_ups}
+        for _ in range(rounds + 1):  # the first warms up
+            for title, servers in running.items():
+                own = set_ups[title][0][1]
+                ports = dict(zip(deltas, (servers * count)[:count], strict=True))
+                routed = [(ports[n].port, n if own else "served", text) for n, text in asked]
+                begun, spent = time.perf_counter(), sum(one.cpu_seconds() for one in servers)
+                ask(routed, NEW)
+                seconds = time.perf_counter() - begun
+                spent = sum(one.cpu_seconds() for one in servers) - spent
+                rows[title].append([len(asked) / seconds, spent / len(asked) * 1000])
+        held = {
+            title: (sum(one.resident() for one in servers), sum(weights(one) for one in servers))
+            for title, servers in running.items()
+        }
+    print(f"\n{count} tasks, answers of at most {NEW} tokens, medians of {rounds} rounds:\n")
+    print("| set-up | private memory, MiB | weights, MiB | requests/s | CPU ms a request |")
+    print("|---|---|---|---|---|")
+    median = {
+        title: [statistics.median(column) for column in zip(*found[1:], strict=True)]
+        for title, found in rows.items()
+    }
+    for title, (private, weight) in held.items():
+        rate, spent = median[title]
         print(
-            f"| {title} | {row['private'] / 2**20:.0f} | {row['weights'] / 2**20:.2f} | "
-            f"{row['rate']:.1f} |"
+            f"| {title} | {private / 2**20:.0f} | {weight / 2**20:.2f} | {rate:.1f} | {spent:.1f} |"
         )
     print()
-    adapters, _, many = rows.values()
-    count = len(deltas)
+    joint, adapters, _, many = set_ups
+    against = f"one server of {count} tasks / {count} servers"
+    unit = f"ratio, medians of {rounds} rounds"
     return [
-        one(f"memory, one server of {count} tasks / {count} servers",
-            adapters["private"] / many["private"], None, True, "ratio of private bytes"),
-        one(f"weights, one server of {count} tasks / {count} servers",
-            adapters["weights"] / many["weights"], None, True, "ratio of bytes"),
-        one(f"requests per second, one server of {count} tasks / {count} servers",
-            adapters["rate"] / many["rate"], None, True, "ratio, one round"),
+        one(f"private memory, {against}", held[adapters][0] / held[many][0], None, True, "ratio"),
+        one(f"weights, {against}", held[adapters][1] / held[many][1], None, True, "ratio"),
+        one(f"requests per second, {against}", median[adapters][0] / median[many][0], None, True,
+            unit),
+        one(f"CPU seconds a request, {against}", median[adapters][1] / median[many][1], None, True,
+            unit),
+        one(f"weights, one model for all / {count} servers", held[joint][1] / held[many][1], None,
+            True, "ratio"),
     ]  # fmt: skip
 
 
