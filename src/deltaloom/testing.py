@@ -128,12 +128,14 @@ def run(method: Entry, out: Path, **settings: Any) -> None:
     from deltaloom.recipe.steps import parse_step
 
     given = inputs(method.verb)
+    cls = method.load()
     if method.verb == "merge":
-        looked_at = method.load().needs | method.load().uses
+        looked_at = cls.needs | cls.uses
         given = {key: value for key, value in given.items() if key in ("base", *looked_at)}
-    if getattr(method.load(), "preferences", False):
+    if getattr(cls, "preferences", False):
         given = {**given, "data": inputs("measure")["tasks"]}  # questions with right and wrong
-    values = {**given, "method": method.name, "name": "step", **settings}
+    given = {key: value for key, value in given.items() if key not in cls.optional}
+    values = {**given, "method": method.name, "name": "step", **cls.trial, **settings}
     run_step(parse_step(method.verb, values, method.name), out)
 
 

@@ -50,11 +50,14 @@ def interval(one: dict[str, Any]) -> str:
 
 
 def cost_line(cost: dict[str, float]) -> str:
-    """Seconds, trained and forward tokens, FLOPs, memory."""
+    """Seconds, trained and forward tokens, calls of endpoints, FLOPs, memory."""
     parts = [f"{cost['wall_seconds']:.1f} s"]
     for key, name in (("backward_tokens", "trained"), ("forward_tokens", "forward")):
         if cost.get(key):
             parts.append(f"{cost[key]:,.0f} {name} tokens")
+    if cost.get("endpoint_calls"):
+        tokens = cost["endpoint_tokens_in"] + cost["endpoint_tokens_out"]
+        parts.append(f"{cost['endpoint_calls']:,.0f} calls with {tokens:,.0f} tokens")
     if cost.get("flops"):
         parts.append(f"{cost['flops']:.2g} FLOPs")
     if cost.get("peak_rss_bytes"):

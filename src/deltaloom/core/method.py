@@ -100,6 +100,11 @@ class Method(Spec):
     """Inputs of the verb that this method cannot do without."""
     uses: ClassVar[frozenset[str]] = frozenset()
     """Inputs that it can do without; a merge step refuses inputs that its method never looks at."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Inputs that its verb asks for and that this method can do without: the `pool` of a selector
+    that makes its rows, the `tasks` of a measurer that brings its questions."""
+    trial: ClassVar[dict[str, Any]] = {}
+    """Settings for the conformance suite's tiny model, where the defaults are meant for hours."""
     classifiers: ClassVar[bool] = False
     """Whether the base may be a sequence classifier (a Base with `labels`)."""
 
@@ -175,9 +180,18 @@ class Measurer(Method):
 
     verb = "measure"
 
+    @property
+    def subject(self) -> str | None:
+        """Name of what is measured where no base is given (an endpoint, say); None where one must
+        be. The model and the tokenizer that `measure` then gets are None.
+        """
+        return None
+
     @abstractmethod
     def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
-        """Measure a loaded model (`transformers.PreTrainedModel` or `PeftModel`) on `data`."""
+        """Measure a loaded model (`transformers.PreTrainedModel` or `PeftModel`) on `data`, which
+        has no rows where `tasks` is optional and not given.
+        """
 
 
 @dataclass(frozen=True)

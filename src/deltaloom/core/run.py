@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PACKAGES = ("deltaloom", "torch", "transformers", "peft", "accelerate", "datasets")
-COUNTERS = ("wall_seconds", "cpu_seconds", "forward_tokens", "backward_tokens", "flops")
+COUNTERS = (
+    *("wall_seconds", "cpu_seconds", "forward_tokens", "backward_tokens", "flops"),
+    *("endpoint_calls", "endpoint_tokens_in", "endpoint_tokens_out"),
+)
 PEAKS = ("peak_rss_bytes", "peak_device_bytes")
 RECORD = ("recipe", "inputs", "seed", "cost", "notes", "results")
 """What every record has beside schema and status."""
@@ -193,10 +196,14 @@ class Run:
             write_text(path, "".join(line + "\n" for line in kept))
 
     def spend(self, **amounts: float) -> None:
-        """Add to the cost ledger: counters are summed, peaks are kept at their largest."""
+        """Add to the cost ledger: counters are summed, peaks are kept at their largest.
+
+        A counter that the ledger of an older run lacks is begun.
+        """
         cost = self.record["cost"]
         for key, amount in amounts.items():
-            cost[key] = max(cost[key], amount) if key in PEAKS else cost[key] + amount
+            before = cost.get(key, 0.0)
+            cost[key] = max(before, amount) if key in PEAKS else before + amount
 
     def save(self) -> None:
         """Write the record, with the time spent since the last save in the ledger."""

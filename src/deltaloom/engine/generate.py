@@ -1,17 +1,25 @@
-"""Greedy generation in batches: the same texts in the same order, whatever the batches were."""
+"""Generation in batches: the same texts in the same order, whatever the batches were."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from deltaloom.core.errors import InputError
+from deltaloom.core.spec import digest
 from deltaloom.engine.forward import budgeted, context_length, device_of, padding_token
 
 TOKENS_PER_BATCH = 8192
@@ -49,7 +57,37 @@ def generate_greedily(
     on_batch: Callable[[int], None] | None = None,
     within: Callable[[list[int], list[int]], AbstractContextManager[None]] | None = None,
 ) -> list[Generated]:
-    """Continue each prompt by its most probable next token, again and again.
+    """`generate` at temperature 0: each next token is the most probable one."""
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens,
+        stop,
+        tokens_per_batch=tokens_per_batch,
+        on_batch=on_batch and (lambda chosen, answers: on_batch(len(chosen))),
+        within=within,
+    )
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    on_batch: Callable[[list[int], list[Generated]], None] | None = None,
+    within: Callable[[list[int], list[int]], AbstractContextManager[None]] | None = None,
+) -> list[Generated]:
+    """Continue each prompt token by token: the most probable one, or one drawn at `temperature`.
+
+    A draw is the largest of `logits / temperature + g`, g standard Gumbel noise (which is exactly a
+    draw from the softmax), and a prompt's noise is made from `seed` and its own tokens: its text
+    does not depend on what it is generated with, and a prompt given twice gets one text twice.
 
     Ends at an end-of-sequence token (the tokenizer's or any that the model's generation config
     names), after `max_new_tokens`, or once the text holds a stop string. Everything else in the
@@ -65,7 +103,9 @@ def generate_greedily(
             them in the context is cut from the left (lm-eval's way) and says so in `cut`.
         stop: Texts that end a continuation and are not part of it.
         tokens_per_batch: Rows x (prompt + `max_new_tokens`) of a batch at most.
-        on_batch: Called after each batch with the number of prompts answered by it.
+        temperature: 0 takes the most probable token; 1 draws from the model's distribution.
+        seed: Decides the draws.
+        on_batch: Called after each batch with the numbers of its prompts and their continuations.
         within: Makes the context in which a batch is generated, from the prompts' numbers and how
             many of each one's last tokens are left.
 
@@ -87,6 +127,8 @@ def generate_greedily(
     order = sorted(range(len(kept)), key=lambda i: (-len(kept[i]), i))
     widths = [len(kept[i]) + max_new_tokens for i in order]
     ends = end_tokens(model, tokenizer)
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature = {temperature}: must be a number of at least 0")
     pad = padding_token(tokenizer)
     settings = GenerationConfig(
         do_sample=False,
@@ -100,14 +142,15 @@ def generate_greedily(
     with _only_settings(model, settings), torch.inference_mode():
         for batch in budgeted(widths, tokens_per_batch):
             chosen = [order[k] for k in batch]
-            lengths = [len(kept[i]) for i in chosen]
-            with within(chosen, lengths) if within else nullcontext():
-                answers = _batch(model, tokenizer, [kept[i] for i in chosen], settings, stop)
+            rows = [kept[i] for i in chosen]
+            noise = _Noise(rows, temperature, seed) if temperature else None
+            with within(chosen, [*map(len, rows)]) if within else nullcontext():
+                answers = _batch(model, tokenizer, rows, settings, stop, noise)
             for i, (text, new_tokens, finished) in zip(chosen, answers, strict=True):
                 cut = len(kept[i]) < len(prompts[i])
                 results[i] = Generated(text, len(kept[i]), new_tokens, cut, finished)
             if on_batch is not None:
-                on_batch(len(chosen))
+                on_batch(chosen, [results[i] for i in chosen])
     return results
 
 
@@ -123,6 +166,7 @@ def _batch(
     prompts: list[list[int]],
     settings: GenerationConfig,
     stop: Sequence[str],
+    noise: LogitsProcessor | None,
 ) -> list[tuple[str, int, bool]]:
     """Text, number of new tokens and whether it ended by itself, for each of one batch."""
     width = max(map(len, prompts))
@@ -137,6 +181,7 @@ def _batch(
     output = generator.generate(
         **inputs,
         generation_config=settings,
+        logits_processor=LogitsProcessorList([] if noise is None else [noise]),
         stopping_criteria=StoppingCriteriaList([watcher] if stop else []),
     )
     ends = set(settings.eos_token_id or ())
@@ -178,6 +223,25 @@ def _generator(
     named = inspect.signature(inner.forward).parameters
     inputs["cache" if "cache" in named else "past_key_values"] = prompt
     return inner, inputs, inputs["input_ids"].shape[1]
+
+
+class _Noise(LogitsProcessor):
+    """Turns the largest logit into a draw; every row has random numbers of its own."""
+
+    def __init__(self, prompts: list[list[int]], temperature: float, seed: int) -> None:
+        self.temperature = temperature
+        self.seeds = [int(digest([seed, prompt])[:15], 16) for prompt in prompts]
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The scores `(b, V)` with Gumbel noise."""
+        self.generators = self.generators or [
+            torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds
+        ]
+        exponential = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(exponential, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - exponential.log()
 
 
 class _StopTexts(StoppingCriteria):

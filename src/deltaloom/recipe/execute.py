@@ -19,7 +19,7 @@ from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, get
+from deltaloom.core.method import Evaluation, Measurer, get
 from deltaloom.core.origin import Origin
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
@@ -134,7 +134,7 @@ def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
             }
             for part in ("estimates", "comparisons"):
                 results[part].update(record["results"].get(part, {}))
-            cost = {key: cost[key] + record["cost"][key] for key in COUNTERS}
+            cost = {key: cost[key] + record["cost"].get(key, 0.0) for key in COUNTERS}
         _refresh_cards(recipe, folder, results["estimates"])
         # The ledger of a recipe is the sum of its steps', whichever process did them.
         run.finish(**results)
@@ -144,8 +144,7 @@ def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
-    pool, target = inputs.rows("pool"), inputs.rows("target")
-    assert pool is not None
+    pool, target = inputs.rows("pool") or Examples([], "pool"), inputs.rows("target")
     selection = planned.method.select(pool, run, target=target, base=inputs.base)
     columns: dict[str, dict[str, Any]] = {}
     if selection.scores is not None:
@@ -229,12 +228,14 @@ def _merge(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
 def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     step, base = planned.step, inputs.base
     assert isinstance(step, MeasureStep)
-    assert base is not None
-    names = step.deltas or ["base"]
+    assert isinstance(planned.method, Measurer)
+    names = step.deltas or ["base" if base is not None else str(planned.method.subject)]
     labels = {Path(name).name if "/" in name else name: name for name in names}
     if len(labels) != len(names):
         raise InputError(f"{step.name}: two of deltas have the same last name: {', '.join(names)}")
-    tasks = [Path(data.name).stem for data in inputs.data["tasks"]]
+    # A measure that brings its own questions is its own task.
+    given = inputs.data["tasks"] or [Examples([], step.method)]
+    tasks = [Path(data.name).stem for data in given]
     if len(set(tasks)) != len(tasks):
         raise InputError(f"{step.name}: two of tasks have the same file name: {', '.join(tasks)}")
     if step.compare is not None and step.compare not in labels:
@@ -244,9 +245,11 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
         )
     found: dict[tuple[str, str], Estimate] = {}
     for label, name in labels.items():
-        origin = Origin(base, None if name == "base" else inputs.folder(name))
-        loaded = _Once(origin.load)
-        for task, data in zip(tasks, inputs.data["tasks"], strict=True):
+        origin = None
+        if base is not None:
+            origin = Origin(base, None if name == "base" else inputs.folder(name))
+        loaded = _Once(origin.load if origin is not None else lambda: (None, None))
+        for task, data in zip(tasks, given, strict=True):
             part = run.part(f"{label}--{task}")
             part.origin = origin
             found[label, task] = _estimate(planned, loaded, data, part, f"{label} on {task}")

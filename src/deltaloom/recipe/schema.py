@@ -60,6 +60,7 @@ def _one_step(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
         if key in properties:
             properties[key] = {"anyOf": [{"type": "string"}, properties[key]]}
     required = [key for key in step.get("required", []) if key != "name"]
+    required += sorted(STEPS[entry.verb].required - entry.load().optional)
     body = {
         "type": "object",
         "additionalProperties": False,

@@ -17,8 +17,8 @@ from pydantic import BeforeValidator, Field
 
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.method import VERBS, Method, get, methods
-from deltaloom.core.spec import Spec, explain
+from deltaloom.core.method import VERBS, Measurer, Method, get, methods
+from deltaloom.core.spec import Spec, explain, field_help
 
 
 def _as_list(value: Any) -> Any:
@@ -35,6 +35,8 @@ class Step(Spec):
 
     verb: ClassVar[str]
     data_keys: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[frozenset[str]] = frozenset()
+    """Inputs that must be given unless the method says that they are optional."""
 
     name: str
     """Name by which later steps, overrides and reports call this step."""
@@ -62,8 +64,9 @@ class SelectStep(SharedStep):
 
     verb = "select"
     data_keys = ("pool", "target")
+    required = frozenset({"pool"})
 
-    pool: Names
+    pool: Names | None = None
     """Files, folders, dataset ids or earlier select steps to choose from."""
     target: Names | None = None
     """A few rows of what the model should become good at."""
@@ -119,8 +122,9 @@ class MeasureStep(SharedStep):
 
     verb = "measure"
     data_keys = ("tasks",)
+    required = frozenset({"tasks"})
 
-    tasks: Names
+    tasks: Names | None = None
     """Files of questions or rows, one task each."""
     deltas: Annotated[list[str], BeforeValidator(_as_list)] = []
     """What to measure; `base` is the base itself, and is all when the list is empty."""
@@ -188,12 +192,18 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
             raise InputError(f"{where}: unknown key {key!r}{suggest(key, known_keys)}")
     method = entry.make(values)
     step = cls.parse(own, where)
+    absent = [key for key in sorted(cls.required - method.optional) if not getattr(step, key)]
+    if absent:
+        raise InputError(f"{where}: {absent[0]!r} is missing{field_help(cls, absent[0])}")
     missing = [key for key in sorted(method.needs) if getattr(step, key, None) is None]
     if missing:
         raise InputError(f"{where}: {entry.name} needs {missing[0]}={_help(cls, missing[0])}")
     if verb == "merge":
         _refuse_unused(step, method, f"{where}: {entry.name}")
-    if verb != "select" and step.base is None:
+    if step.base is None and (
+        isinstance(step, TuneStep | MergeStep)
+        or (isinstance(step, MeasureStep) and (step.deltas or _subject(method) is None))
+    ):
         raise InputError(f"{where}: base= is missing{_help(cls, 'base')}")
     if step.base is not None and step.base.labels and not method.classifiers:
         raise InputError(
@@ -201,6 +211,10 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
             "leave out base.labels or choose another method"
         )
     return Planned(_absolute(step), method)
+
+
+def _subject(method: Method) -> str | None:
+    return method.subject if isinstance(method, Measurer) else None
 
 
 def _refuse_unused(step: Step, method: Method, where: str) -> None:

@@ -18,6 +18,9 @@ COLUMNS: tuple[tuple[str, str, Show], ...] = (
     ("forward_tokens", "Forward tokens", numbers.short),
     ("backward_tokens", "Trained tokens", numbers.short),
     ("flops", "FLOPs", numbers.flops),
+    ("endpoint_calls", "Calls", numbers.short),
+    ("endpoint_tokens_in", "Endpoint tokens in", numbers.short),
+    ("endpoint_tokens_out", "Endpoint tokens out", numbers.short),
     ("peak_rss_bytes", "Peak memory", numbers.size),
     ("peak_device_bytes", "Peak device", numbers.size),
 )
