@@ -188,10 +188,18 @@ class Measurer(Method):
         return None
 
     @abstractmethod
-    def measure(self, model: Any, tokenizer: Any, data: Examples, run: Run) -> Estimate:
+    def measure(
+        self, model: Any, tokenizer: Any, data: Examples, run: Run
+    ) -> Estimate | dict[str, Estimate]:
         """Measure a loaded model (`transformers.PreTrainedModel` or `PeftModel`) on `data`, which
-        has no rows where `tasks` is optional and not given.
+        has no rows where `tasks` is optional and not given. What has parts (the tasks of a
+        benchmark, say) gives a mapping of their names to Estimates, and `""` to that of the whole.
         """
+
+
+def of_whole(found: Estimate | dict[str, Estimate]) -> Estimate:
+    """The one Estimate of a measurement, its whole where it has parts."""
+    return found[""] if isinstance(found, dict) else found
 
 
 @dataclass(frozen=True)

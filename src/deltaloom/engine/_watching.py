@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from deltaloom.core.atomic import write_json
-from deltaloom.core.method import Evaluation
+from deltaloom.core.method import Evaluation, of_whole
 from deltaloom.core.progress import progress, say
 from deltaloom.core.run import Run
 from deltaloom.engine.meter import count_forward, count_training
@@ -104,7 +104,8 @@ class EarlyStop(TrainerCallback):
         model = kwargs["model"]
         # What a measure writes beside its value is scratch here, not part of the product.
         part = self.run.scratch("evaluation")
-        estimate = self.evaluation.method.measure(model, self.tokenizer, self.evaluation.data, part)
+        found = self.evaluation.method.measure(model, self.tokenizer, self.evaluation.data, part)
+        estimate = of_whole(found)
         model.train()
         merit = estimate.value if estimate.better == "higher" else -estimate.value
         before = self.best

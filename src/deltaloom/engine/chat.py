@@ -182,13 +182,15 @@ class Kept:
 
     A line's key is a hash of who answers, the messages and every parameter. Each reply is on the
     disk before the next one is waited for. A failed call that cost nothing is not kept: the next
-    attempt makes it again. What was kept costs nothing in the ledger of a resumed run.
+    attempt makes it again. `spend` enters each call once, those too that an interrupted attempt,
+    whose ledger was lost, has paid for.
     """
 
     def __init__(self, chat: Chat, path: Path) -> None:
         self.chat, self.path, self.name = chat, path, chat.name
         self.known: dict[str, Reply] = {}
-        self.paid: list[Reply] = []
+        self.used: dict[str, Reply] = {}
+        self.entered: set[str] = set()
         for row in _whole_lines(path):
             key, row["logprobs"] = row.pop("key"), tuple(row["logprobs"])
             self.known[key] = Reply(**row)
@@ -217,6 +219,7 @@ class Kept:
         found: list[Any] = [None] * len(keys)
 
         def arrived(key: str, reply: Reply) -> None:
+            self.used[key] = reply
             for i in places[key]:
                 found[i] = reply
                 if on_reply is not None:
@@ -237,9 +240,10 @@ class Kept:
         return found
 
     def spend(self, run: Run, replies: Sequence[Reply] = ()) -> dict[str, float]:
-        """Enter what was asked for since the last call, whatever `replies` are."""
-        paid, self.paid = self.paid, []
-        return self.chat.spend(run, paid)
+        """Enter what was used since the last call of this, whatever `replies` are."""
+        new = [key for key in self.used if key not in self.entered]
+        self.entered.update(new)
+        return self.chat.spend(run, [self.used[key] for key in new])
 
     @contextmanager
     def _writing(self) -> Iterator[Callable[[str, Reply], None]]:
@@ -251,7 +255,6 @@ class Kept:
                     file.write(b"\n")
 
             def write(key: str, reply: Reply) -> None:
-                self.paid.append(reply)
                 if reply.text is None and not reply.tokens_in:
                     return
                 self.known[key] = reply

@@ -22,7 +22,7 @@ from deltaloom.core.deltas.descent import Descent, Rule, Scalars, replay
 from deltaloom.core.deltas.directions import place
 from deltaloom.core.deltas.trace import Form, Steps
 from deltaloom.core.errors import WorkError
-from deltaloom.core.method import Evaluation
+from deltaloom.core.method import Evaluation, of_whole
 from deltaloom.core.progress import progress, say
 from deltaloom.core.run import Run
 from deltaloom.core.spec import canonical
@@ -250,7 +250,8 @@ class _Judge:
         due = step > 0 and step % log.every == 0
         if due and step not in {one["step"] for one in log.evaluations}:
             part = log.run.scratch("evaluation")
-            estimate = asked.method.measure(self.model, self.tokenizer, asked.data, part)
+            found = asked.method.measure(self.model, self.tokenizer, asked.data, part)
+            estimate = of_whole(found)
             merit = estimate.value if estimate.better == "higher" else -estimate.value
             about = {"metric": estimate.metric, "value": estimate.value, "merit": merit}
             log.judge({"step": step, **about})

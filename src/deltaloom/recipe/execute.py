@@ -252,7 +252,8 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
         for task, data in zip(tasks, given, strict=True):
             part = run.part(f"{label}--{task}")
             part.origin = origin
-            found[label, task] = _estimate(planned, loaded, data, part, f"{label} on {task}")
+            for inner, one in _estimates(planned, loaded, data, part, f"{label} on {task}").items():
+                found[label, f"{task}.{inner}" if inner else task] = one
         run.save()
     return _measured(found, step.compare)
 
@@ -269,17 +270,30 @@ class _Once:
         return self._value
 
 
-def _estimate(
+def _estimates(
     planned: Planned, loaded: Callable[[], Any], data: Examples, part: Run, of: str
-) -> Estimate:
+) -> dict[str, Estimate]:
+    """One Estimate, of the name "", and those of its parts; each in a folder of its own."""
     path = part.folder / ESTIMATE
     if path.exists():
-        return Estimate.from_json(json.loads(path.read_text(encoding="utf-8")))
-    model, tokenizer = loaded()
-    estimate = replace(planned.method.measure(model, tokenizer, data, part), of=of)
-    write_json(path, estimate.to_json())
-    say(f"{of}: {estimate.summary()}")
-    return estimate
+        places = {"": path}
+        for inner in sorted(path.parents[1].glob(f"{part.folder.name}.*/{ESTIMATE}")):
+            places[inner.parent.name.removeprefix(f"{part.folder.name}.")] = inner
+        return {
+            name: Estimate.from_json(json.loads(place.read_text(encoding="utf-8")))
+            for name, place in places.items()
+        }
+    assert isinstance(planned.method, Measurer)
+    measured = planned.method.measure(*loaded(), data, part)
+    found = measured if isinstance(measured, dict) else {"": measured}
+    # The whole comes last: where it is, all are.
+    for name in sorted(found, reverse=True):
+        found[name] = replace(found[name], of=f"{of}.{name}" if name else of)
+        folder = path.parent.with_name(f"{path.parent.name}.{name}") if name else path.parent
+        folder.mkdir(exist_ok=True)
+        write_json(folder / ESTIMATE, found[name].to_json())
+        say(f"{found[name].of}: {found[name].summary()}")
+    return found
 
 
 def _measured(found: dict[tuple[str, str], Estimate], against: str | None) -> dict[str, Any]:
