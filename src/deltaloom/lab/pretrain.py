@@ -21,11 +21,13 @@ BLOCK = 64
 BATCH = 16
 
 
-def model_config(hidden: int = 128, layers: int = 4) -> "LlamaConfig":
-    """The architecture of the lab's models over the lab's vocabulary."""
+def model_config(
+    hidden: int = 128, layers: int = 4, tokens: list[str] | None = None
+) -> "LlamaConfig":
+    """The architecture of the lab's models over the lab's vocabulary, or other `tokens`."""
     from transformers import LlamaConfig
 
-    tokens = vocabulary()
+    tokens = tokens or vocabulary()
     return LlamaConfig(
         vocab_size=len(tokens),
         hidden_size=hidden,
@@ -44,11 +46,11 @@ def model_config(hidden: int = 128, layers: int = 4) -> "LlamaConfig":
     )
 
 
-def pack(texts: list[str], block: int = BLOCK) -> "torch.Tensor":
+def pack(texts: list[str], block: int = BLOCK, words: list[str] | None = None) -> "torch.Tensor":
     """Whole texts laid end to end in rows of `block` tokens, padded: `(rows, block)`."""
     import torch
 
-    tokens = {word: i for i, word in enumerate(vocabulary())}
+    tokens = {word: i for i, word in enumerate(words or vocabulary())}
     rows: list[list[int]] = [[]]
     for text in texts:
         ids = [tokens[BOS], *(tokens[w] for w in text.split()), tokens[EOS]]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.examples import Examples
+from deltaloom.core.examples import Example, Examples
 from deltaloom.measure._skills import Skill, Topic
 
 
@@ -110,6 +110,13 @@ def seen_in(rows: Examples) -> set[tuple[str, ...]]:
         if isinstance(names, list) and isinstance(topic, str):
             found.add(key_of([str(name) for name in names], topic))
     return found
+
+
+def text_of(row: Example) -> str:
+    """What a training row teaches to say."""
+    if row.messages is not None:
+        return row.messages[-1]["content"]
+    return row.response or row.text or ""
 
 
 def possible(skills: int, topics: int, k: int) -> int:

@@ -71,6 +71,18 @@ def by_k(
     return found
 
 
+def tables(
+    marked: Sequence[Marked], parts: Mapping[int, Mapping[str, Estimate]], seed: int
+) -> dict[str, Any]:
+    """Metrics by k, points by skill and k, efficiencies; ready for JSON."""
+    ks = sorted(parts)
+    return {
+        "by_k": {str(k): {name: one.to_json() for name, one in parts[k].items()} for k in ks},
+        "by_skill": by_skill(marked),
+        "efficiency": {str(k): efficiency(marked, k, seed) for k in ks if k > 1},
+    }
+
+
 def by_skill(marked: Sequence[Marked]) -> list[dict[str, Any]]:
     """For every skill and k, how often the skill's point was earned where it was asked for."""
     cells: dict[tuple[str, int], dict[str, float]] = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from deltaloom.core.atomic import write_text
 from deltaloom.core.progress import progress
 from deltaloom.measure import _rubric as rubric
 from deltaloom.measure._combinations import Combination
@@ -17,7 +20,7 @@ from deltaloom.measure._wording import Wording, asked_of, grading
 if TYPE_CHECKING:
     from deltaloom.core.run import Run
     from deltaloom.engine.chat import Chat, Conversation, Reply
-    from deltaloom.measure.skillmix import SkillMix
+    from deltaloom.measure._asking import Asking
 
 
 @dataclass
@@ -98,23 +101,53 @@ class Mixed:
         }
 
 
+def keep_transcripts(run: Run, mixed: Sequence[Mixed]) -> None:
+    """Write every text's way, a line each, to `transcripts.jsonl` in the run's folder."""
+    rows = [json.dumps(one.row(n), ensure_ascii=False) for one in mixed for n in one.numbers]
+    write_text(run.folder / "transcripts.jsonl", "".join(f"{row}\n" for row in rows))
+
+
+def commonest_failure(mixed: Sequence[Mixed]) -> str:
+    """Why most of the missing texts are missing."""
+    why = Counter(failure for one in mixed for failure in one.failures)
+    return why.most_common(1)[0][0] if why else "no text was written"
+
+
 class Mixing:
     """The conversations with student and grader."""
 
     def __init__(
-        self, how: SkillMix, rules: Rules, wording: Wording, student: Chat, grader: Chat | None
+        self, how: Asking, rules: Rules, wording: Wording, student: Chat | None, grader: Chat | None
     ) -> None:
         self.how, self.rules, self.wording = how, rules, wording
         self.student, self.grader = student, grader
 
-    def texts(self, asked: Sequence[Combination], seed: int) -> list[Mixed]:
+    def texts(self, asked: Sequence[Combination], rounds: int, seed: int) -> list[Mixed]:
         """Ask for every text of every round, and grade it."""
         mixed = [Mixed(one, []) for one in asked]
-        for number in range(self.how.rounds):
+        for number in range(rounds):
             for item, text in zip(mixed, self._round(asked, seed + 1000 * number), strict=True):
                 item.rounds.append(text)
-        self._grade([(item.asked, one) for item in mixed for one in item.rounds], seed)
+        self.grade(mixed, seed)
         return mixed
+
+    def grade(self, mixed: Sequence[Mixed], seed: int) -> None:
+        """Give every text its points."""
+        written = [
+            (item.asked, one) for item in mixed for one in item.rounds if one.text is not None
+        ]
+        if self.grader is None:
+            for asked, one in written:
+                one.points = rubric.verify(asked, self.rules, str(one.text))
+        else:
+            self._by_grader(self.grader, written, seed)
+        for asked, one in written:
+            if one.points is None:
+                one.failure = one.failure or "grader: no grading could be read"
+            elif not self.how.names_count:
+                before = one.points
+                one.points = rubric.without_named(asked, str(one.text), before)
+                one.named = sum(before.skills) - sum(one.points.skills)
 
     def spend(self, run: Run) -> dict[str, float]:
         """Enter both speakers' cost in the ledger, added up."""
@@ -143,6 +176,7 @@ class Mixing:
 
     def _say(self, label: str, texts: Sequence[Text], seed: int) -> None:
         """Continue each conversation by the student's reply."""
+        assert self.student is not None
         found = self._ask(
             label,
             self.student,
@@ -177,21 +211,6 @@ class Mixing:
                 seed=seed,
                 on_reply=lambda number, reply: advance(1),
             )
-
-    def _grade(self, texts: Sequence[tuple[Combination, Text]], seed: int) -> None:
-        written = [(asked, one) for asked, one in texts if one.text is not None]
-        if self.grader is None:
-            for asked, one in written:
-                one.points = rubric.verify(asked, self.rules, str(one.text))
-        else:
-            self._by_grader(self.grader, written, seed)
-        for asked, one in written:
-            if one.points is None:
-                one.failure = one.failure or "grader: no grading could be read"
-            elif not self.how.names_count:
-                before = one.points
-                one.points = rubric.without_named(asked, str(one.text), before)
-                one.named = sum(before.skills) - sum(one.points.skills)
 
     def _by_grader(
         self, grader: Chat, written: Sequence[tuple[Combination, Text]], seed: int

@@ -32,15 +32,13 @@ twice and compare).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 
 from pydantic import Field
 
-from deltaloom.core.atomic import write_json, write_text
+from deltaloom.core.atomic import write_json
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
@@ -49,6 +47,7 @@ from deltaloom.core.run import Run
 from deltaloom.engine.chat import Speaker
 from deltaloom.engine.endpoint import Endpoint
 from deltaloom.measure import _composition as composition
+from deltaloom.measure._asking import Asking, Count, Pool, squeezed
 from deltaloom.measure._combinations import (
     Combination,
     draw,
@@ -57,21 +56,19 @@ from deltaloom.measure._combinations import (
     new_at_least,
     possible,
     seen_in,
+    text_of,
 )
 from deltaloom.measure._items import note
-from deltaloom.measure._mixing import Mixed, Mixing
+from deltaloom.measure._mixing import Mixed, Mixing, commonest_failure, keep_transcripts
 from deltaloom.measure._rubric import METRICS
-from deltaloom.measure._skills import Rules, Skill, Topic, chosen, read_skills, read_topics
 from deltaloom.measure._wording import read_wording
 
 if TYPE_CHECKING:
     from deltaloom.engine.chat import Chat
 
-Count = Annotated[int, Field(ge=1)]
-
 
 @final
-class SkillMix(Measurer):
+class SkillMix(Asking, Measurer):
     """Full marks for texts that show k skills at once."""
 
     optional: ClassVar[frozenset[str]] = frozenset({"tasks"})
@@ -79,40 +76,12 @@ class SkillMix(Measurer):
 
     student: Speaker | None = None
     """Who is measured where no base is: `http://host/v1#model`, or a base that is no step's."""
-    grader: Speaker | None = None
-    """Who gives the points; None takes the skills' own checks."""
-    skills: str | None = None
-    """File of skills; None takes the package's 46, of which 28 have a check."""
-    topics: str | None = None
-    """File of topics; None takes the package's 30."""
-    wording: str | None = None
-    """File of the wordings to ask with; None takes the package's, after the published ones."""
-    only: list[str] = []
-    """Skills or categories to draw from; all when empty."""
-    without: list[str] = []
-    """Skills or categories to leave out."""
-    only_topics: list[str] = []
-    """Topics to draw from; all when empty."""
     k: Annotated[list[Count], Field(min_length=1)] = [1, 2, 3, 4, 5]
     """How many skills a text must show (the paper: 2 to 6; 1 is for the efficiency)."""
     combinations: Count = 100
     """Combinations for each k (the paper: 100 where GPT-4 grades)."""
     rounds: Count = 1
     """Texts for each combination (the paper: 3, of which it takes the best)."""
-    gradings: Count = 3
-    """Gradings of each text by a grader (the paper: 3)."""
-    revise: bool = True
-    """Whether the text is asked for once more, as an improvement (the paper does)."""
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    """Of the student (the paper: 0.7)."""
-    grader_temperature: Annotated[float, Field(ge=0)] = 0.7
-    """Of the grader (the paper: 0.7)."""
-    max_new_tokens: Count = 512
-    """Tokens of a reply at most (the paper: 512); half of a base's context where that is less."""
-    names_count: bool = False
-    """Whether a skill may earn its point in a text that names it (the paper's leaderboard: no)."""
-    most_common: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Skills whose `occurs` is at least this are not drawn (the paper: 0.05)."""
     seen: list[str] = []
     """Files of rows with `skills` and `topic` that the student was trained on: their combinations
     are not drawn, and answers that are copies of their texts are counted."""
@@ -148,55 +117,48 @@ class SkillMix(Measurer):
         InputError for a wrong file, a name nobody has, too few skills, and a base and a `student`
         at once; WorkError when no text could be scored at all.
         """
-        pool = self._pool()
-        asked = self._asked(pool, data, run.seed)
-        student = self._student(model, tokenizer, run)
-        mixing = Mixing(self, pool.rules, read_wording(self.wording), student, self._grader(run))
-        mixed = mixing.texts(asked, run.seed)
+        pool, seen = self.pool(), Examples.read(self.seen) if self.seen else Examples([])
+        asked = self._asked(pool, seen, data, run.seed)
+        mixing = Mixing(
+            self, pool.rules, read_wording(self.wording), self._student(model, tokenizer, run),
+            self.open_grader(run),
+        )  # fmt: skip
+        mixed = mixing.texts(asked, self.rounds, run.seed)
         cost = mixing.spend(run)
         marked = [one.marked for one in mixed if one.marked is not None]
-        _keep(run, mixed)
-        counts = _counts(mixed, pool, self.skills is None or self.grader is None)
+        keep_transcripts(run, mixed)
+        counts = _counts(mixed, pool, seen)
         note(run, **counts)
         if not marked:
-            why = Counter(failure for one in mixed for failure in one.failures)
-            raise WorkError(f"no text could be scored: {why.most_common(1)[0][0]}")
+            raise WorkError(f"no text could be scored: {commonest_failure(mixed)}")
         planned = Counter(one.k for one in asked)
         parts = composition.by_k(marked, dict(sorted(planned.items())), self.rounds)
-        write_json(run.folder / "skillmix.json", self._document(pool, marked, parts, counts, run))
+        document = {
+            **composition.tables(marked, parts, run.seed),
+            "novelty": {
+                str(k): self._novelty(pool, seen, [one for one in marked if one.asked.k == k])
+                for k in sorted(parts)
+            },
+            "counts": counts,
+            "skills": [skill.name for skill in pool.skills],
+            "topics": [topic.name for topic in pool.topics],
+            "grader": _called(self.grader),
+            "rules": pool.rules.digest,
+        }
+        write_json(run.folder / "skillmix.json", document)
         whole = composition.estimate(
             marked, METRICS[0], missing=len(asked) - len(marked), cost=cost
         )
         assert whole is not None
         return {"": whole, **{f"k{k}": found[METRICS[0]] for k, found in parts.items()}}
 
-    def _pool(self) -> _Pool:
-        every, rules = read_skills(self.skills)
-        named = chosen(every, self.only, self.without)
-        rare = [one for one in named if one.occurs is None or one.occurs < self.most_common]
-        usable = rare if self.grader else [one for one in rare if one.check is not None]
-        topics = read_topics(self.topics)
-        if self.only_topics:
-            known = {topic.name: topic for topic in topics}
-            absent = [name for name in self.only_topics if name not in known]
-            if absent:
-                raise InputError(f"only_topics: no topic {absent[0]!r}; known: {', '.join(known)}")
-            topics = [known[name] for name in self.only_topics]
-        seen = Examples.read(self.seen) if self.seen else Examples([])
-        copies = {" ".join((row.response or row.text or "").split()) for row in seen} - {""}
-        for row in seen:
-            if row.messages is not None:
-                copies.add(" ".join(row.messages[-1]["content"].split()))
-        left_out = {"common": len(named) - len(rare), "unchecked": len(rare) - len(usable)}
-        return _Pool(usable, topics, rules, seen_in(seen), copies, left_out)
-
-    def _asked(self, pool: _Pool, data: Examples, seed: int) -> list[Combination]:
+    def _asked(self, pool: Pool, seen: Examples, data: Examples, seed: int) -> list[Combination]:
         if len(data):
             return list(listed(data, pool.skills, pool.topics))
         return [
             one
             for k in dict.fromkeys(self.k)
-            for one in draw(pool.skills, pool.topics, k, self.combinations, seed, pool.seen)
+            for one in draw(pool.skills, pool.topics, k, self.combinations, seed, seen_in(seen))
         ]
 
     def _student(self, model: Any, tokenizer: Any, run: Run) -> Chat:
@@ -209,45 +171,14 @@ class SkillMix(Measurer):
             raise InputError("skillmix: both base= and student= say who is measured; give one")
         return open_chat(self.student, file)
 
-    def _grader(self, run: Run) -> Chat | None:
-        from deltaloom.engine.chat import open_chat
-
-        if self.grader is None:
-            return None
-        return open_chat(self.grader, run.work / f"{run.folder.name}-grader.jsonl")
-
-    def _document(
-        self,
-        pool: _Pool,
-        marked: Sequence[composition.Marked],
-        parts: dict[int, dict[str, Estimate]],
-        counts: dict[str, Any],
-        run: Run,
+    def _novelty(
+        self, pool: Pool, seen: Examples, own: Sequence[composition.Marked]
     ) -> dict[str, Any]:
-        """What `skillmix.json` holds."""
-        ks = sorted(parts)
-        return {
-            "by_k": {str(k): {name: one.to_json() for name, one in parts[k].items()} for k in ks},
-            "by_skill": composition.by_skill(marked),
-            "efficiency": {
-                str(k): composition.efficiency(marked, k, run.seed) for k in ks if k > 1
-            },
-            "novelty": {
-                str(k): self._novelty(pool, [one for one in marked if one.asked.k == k]) for k in ks
-            },
-            "counts": counts,
-            "skills": [skill.name for skill in pool.skills],
-            "topics": [topic.name for topic in pool.topics],
-            "grader": _called(self.grader),
-            "rules": pool.rules.digest,
-        }
-
-    def _novelty(self, pool: _Pool, own: Sequence[composition.Marked]) -> dict[str, Any]:
         """How many combinations there are, and how many could have been met before."""
-        k = own[0].asked.k
+        k, before = own[0].asked.k, seen_in(seen)
         found: dict[str, Any] = {
             "possible": possible(len(pool.skills), len(pool.topics), k),
-            "seen": sum(one.asked.key in pool.seen for one in own) if self.seen else None,
+            "seen": sum(one.asked.key in before for one in own) if self.seen else None,
         }
         if self.corpus_sentences is not None:
             bounds = [
@@ -264,19 +195,7 @@ class SkillMix(Measurer):
         return found
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """What is drawn from, and what is known of the training rows."""
-
-    skills: list[Skill]
-    topics: list[Topic]
-    rules: Rules
-    seen: set[tuple[str, ...]]
-    copies: set[str]
-    left_out: dict[str, int]
-
-
-def _counts(mixed: Sequence[Mixed], pool: _Pool, unchecked: bool) -> dict[str, Any]:
+def _counts(mixed: Sequence[Mixed], pool: Pool, seen: Examples) -> dict[str, Any]:
     """What went wrong or is worth a look, counted over all texts."""
     texts = [one for item in mixed for one in item.rounds]
     counts: dict[str, Any] = {
@@ -286,24 +205,17 @@ def _counts(mixed: Sequence[Mixed], pool: _Pool, unchecked: bool) -> dict[str, A
         "cut_prompts": sum(one.cut for one in texts),
         "unfinished_replies": sum(one.unfinished for one in texts),
         "named_skills": sum(one.named for one in texts),
-        "common_skills_left_out": pool.left_out["common"],
+        "common_skills_left_out": pool.common,
+        "unchecked_skills_left_out": pool.unchecked,
     }
-    if unchecked:
-        counts["unchecked_skills_left_out"] = pool.left_out["unchecked"]
-    if pool.copies:
-        counts["copied_texts"] = sum(
-            " ".join((one.text or "").split()) in pool.copies for one in texts
-        )
+    copies = squeezed([text_of(row) for row in seen])
+    if copies:
+        counts["copied_texts"] = sum(" ".join((one.text or "").split()) in copies for one in texts)
     checked = [same for one in texts for same in one.agreement]
     if checked:
         counts["grader_checked_points"] = len(checked)
         counts["grader_agreement"] = sum(checked) / len(checked)
     return counts
-
-
-def _keep(run: Run, mixed: Sequence[Mixed]) -> None:
-    rows = [json.dumps(one.row(n), ensure_ascii=False) for one in mixed for n in one.numbers]
-    write_text(run.folder / "transcripts.jsonl", "".join(f"{row}\n" for row in rows))
 
 
 def _called(speaker: Any) -> str | None:
