@@ -19,6 +19,8 @@ class ChatServer(ThreadingHTTPServer):
         self.bodies, self.headers, self.times = [], [], []
         self.asked = Counter()
         self.now = self.most = 0
+        self.stop_after = None
+        """Answers after which the key is refused."""
         self.lock = threading.Lock()
 
     @property
@@ -40,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
             server.most = max(server.most, server.now)
             left = server.faults.get(text if isinstance(text, str) else "parts", [])
             fault = left.pop(0) if left else None
+            if server.stop_after is not None and len(server.bodies) > server.stop_after:
+                fault = 401
         try:
             self._respond(body, fault)
         except BrokenPipeError:

@@ -34,7 +34,8 @@ def words(text: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """The text's sentences; a last one may lack its mark."""
     plain = TITLES.sub(lambda found: found[0].replace(".", "\0"), text.strip())
-    parts = (part.replace("\0", ".").strip() for part in ENDS.split(plain))
+    ends = [found.end() for found in ENDS.finditer(plain)]
+    parts = (plain[a:b].replace("\0", ".").strip() for a, b in pairwise([0, *ends, len(plain)]))
     return [part for part in parts if part]
 
 
