@@ -2,19 +2,21 @@
 
 `token_logprobs` is log-likelihood scoring. Against one padded batch of everything it saves the
 tokens after the last scored one, sequences whose input is the beginning of another's (choices of
-one token share their prompt's pass), most padding, and the logits that no scored token needs.
+one token share their prompt's pass), beginnings that several sequences share (choices of several
+tokens go on from a cache of their prompt), most padding, and the logits that no scored token needs.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from deltaloom.engine.prefixes import can_share, families, hosts
 
 TOKENS_PER_BATCH = {"cpu": 1024, "other": 8192}
 """Padded tokens in one batch. Ours: on a CPU more is slower (measured at 1,024 to 16,384)."""
@@ -58,32 +60,37 @@ def token_logprobs(
     Raises:
         ValueError: A mask is not as long as its ids.
     """
+    from deltaloom.engine._scoring import Jobs, Runner, together
+
     needed = [_predicting(ids, mask) for ids, mask in sequences]
     inputs = [
         list(ids[: int(at[-1]) + 1]) if len(at) else []
         for (ids, _), at in zip(sequences, needed, strict=True)
     ]
-    guests = _hosts(inputs)
+    guests = hosts(inputs)
+    shared = families(inputs, list(guests)) if can_share(model) else []
+    apart = guests.keys() - {member for family in shared for member in family.members}
     # Longest first, as too large a batch should fail at once; then by where scoring starts.
-    order = sorted(guests, key=lambda i: (-len(inputs[i]), min(needed[g][0] for g in guests[i]), i))
+    order = sorted(apart, key=lambda i: (-len(inputs[i]), min(needed[g][0] for g in guests[i]), i))
     results = [np.zeros(0, np.float32) for _ in sequences]
-    runner = _Runner(model, pad_id)
+    runner = Runner(model, pad_id)
     kind = "cpu" if runner.device.type == "cpu" else "other"
     budget = tokens_per_batch or TOKENS_PER_BATCH[kind]
+    jobs = Jobs(sequences, needed, guests)
     for batch in budgeted([len(inputs[i]) for i in order], budget):
-        hosts = [order[k] for k in batch]
-        cells = [(row, guest) for row, host in enumerate(hosts) for guest in guests[host]]
-        rows = np.concatenate([np.full(len(needed[guest]), row) for row, guest in cells])
-        positions = np.concatenate([needed[guest] for _, guest in cells])
-        targets = np.concatenate(
-            [np.asarray(sequences[guest][0])[needed[guest] + 1] for _, guest in cells]
-        )
-        values = runner.score([inputs[i] for i in hosts], _Cells(rows, positions, targets))
-        ends = np.cumsum([len(needed[guest]) for _, guest in cells])
-        for (_, guest), part in zip(cells, np.split(values, ends[:-1]), strict=True):
-            results[guest] = part
+        chosen = [order[k] for k in batch]
+        cells = jobs.cells(chosen)
+        jobs.give(results, chosen, runner.score([inputs[i] for i in chosen], cells))
         if on_batch is not None:
-            on_batch(len(cells), sum(len(inputs[i]) for i in hosts))
+            on_batch(jobs.served(chosen), sum(len(inputs[i]) for i in chosen))
+    shared.sort(key=lambda family: (-family.length, family.members))
+    for batch in budgeted([family.length for family in shared], budget):
+        for chosen, values, computed in together(
+            runner, [shared[k] for k in batch], inputs, jobs, budget
+        ):
+            jobs.give(results, chosen, values)
+            if on_batch is not None:
+                on_batch(jobs.served(chosen), computed)
     return results
 
 
@@ -147,88 +154,16 @@ def accepts_kept_logits(model: Any) -> bool:
     """Whether the model takes `logits_to_keep` as an index of positions."""
     # An index tensor cannot be on every device of a model that is spread over several.
     spread = len(set((getattr(_inner(model), "hf_device_map", None) or {}).values())) > 1
-    return "logits_to_keep" in _accepted(model) and not spread
+    return "logits_to_keep" in accepted(model) and not spread
 
 
 def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _accepted(model: Any) -> Mapping[str, Any]:
+def accepted(model: Any) -> Mapping[str, Any]:
+    """The parameters that the model's `forward` takes."""
     return inspect.signature(_inner(model).forward).parameters
-
-
-@dataclass(frozen=True, slots=True)
-class _Cells:
-    """What to read from a batch: at `rows`, `positions` the log-probability of `targets`, (m,)."""
-
-    rows: NDArray[Any]
-    positions: NDArray[Any]
-    targets: NDArray[Any]
-
-    def of_rows(self, first: int, end: int) -> _Cells:
-        """The cells of the rows `first` to `end`; cells come sorted by row."""
-        a, b = np.searchsorted(self.rows, [first, end])
-        return _Cells(self.rows[a:b] - first, self.positions[a:b], self.targets[a:b])
-
-
-class _Runner:
-    """One model, asked what it can do once."""
-
-    def __init__(self, model: Any, pad_id: int) -> None:
-        self.model, self.pad_id = model, pad_id
-        self.device = device_of(model)
-        self.keeps = accepts_kept_logits(model)
-        self.options = {"use_cache": False} if "use_cache" in _accepted(model) else {}
-        self.vocabulary = int(model.config.get_text_config().vocab_size)
-
-    def score(self, rows: Sequence[Sequence[int]], cells: _Cells) -> NDArray[np.float32]:
-        """Log-probabilities `(m,)` of the cells; halves a batch that has too many logits."""
-        kept = np.unique(cells.positions)
-        columns = len(kept) if self.keeps else max(map(len, rows))
-        if len(rows) > 1 and len(rows) * columns * self.vocabulary > LOGITS_PER_BATCH:
-            half = len(rows) // 2
-            parts = ((0, half), (half, len(rows)))
-            return np.concatenate([self.score(rows[a:b], cells.of_rows(a, b)) for a, b in parts])
-        with torch.inference_mode():
-            return _log_softmax_at(self._logits(rows, kept), kept, cells)
-
-    def _logits(self, rows: Sequence[Sequence[int]], kept: NDArray[Any]) -> torch.Tensor:
-        """Logits `(b, k, V)` at the positions `kept` of every row."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad_id)  # (b, T)
-        attention = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            attention[i, : len(row)] = 1
-        inputs = {
-            "input_ids": ids.to(self.device),
-            "attention_mask": attention.to(self.device),
-            **self.options,
-        }
-        # Counted from the end, because prompt tuning puts virtual tokens in front.
-        at = torch.from_numpy(kept - width).to(self.device)
-        if self.keeps:
-            return self.model(**inputs, logits_to_keep=at).logits
-        logits = self.model(**inputs).logits
-        return logits[:, at.to(logits.device)]
-
-
-def _log_softmax_at(logits: torch.Tensor, kept: NDArray[Any], cells: _Cells) -> NDArray[np.float32]:
-    """`log softmax(logits)[target]` of every cell `(m,)`, a block of cells at a time."""
-    vocabulary = logits.shape[-1]
-    flat = logits.reshape(-1, vocabulary)  # (b * k, V)
-    index = cells.rows * len(kept) + np.searchsorted(kept, cells.positions)
-    at = torch.from_numpy(index).to(logits.device)
-    targets = torch.from_numpy(cells.targets).to(logits.device)
-    size = max(1, LOGITS_PER_BLOCK // vocabulary)
-    values = []
-    for start in range(0, len(at), size):
-        part = slice(start, start + size)
-        block = flat[at[part]].float()  # (size, V)
-        chosen = block.gather(1, targets[part, None])[:, 0]
-        values.append(chosen - block.logsumexp(1))
-    return torch.cat(values).cpu().numpy()
 
 
 def _predicting(ids: Sequence[int], mask: Sequence[int]) -> NDArray[np.int64]:
@@ -236,19 +171,3 @@ def _predicting(ids: Sequence[int], mask: Sequence[int]) -> NDArray[np.int64]:
     if len(ids) != len(mask):
         raise ValueError(f"a sequence of {len(ids)} tokens has a mask of {len(mask)}")
     return np.flatnonzero(np.asarray(mask[1:], dtype=bool)).astype(np.int64)
-
-
-def _hosts(inputs: Sequence[list[int]]) -> dict[int, list[int]]:
-    """Which sequences must be computed, and whom each serves: all whose input begins it.
-
-    In lexicographic order an input that begins any other begins the next one.
-    """
-    order = sorted((i for i in range(len(inputs)) if inputs[i]), key=inputs.__getitem__)
-    guests: dict[int, list[int]] = {}
-    host = after = -1
-    for here in reversed(order):
-        if after < 0 or inputs[after][: len(inputs[here])] != inputs[here]:
-            host = here
-        guests.setdefault(host, []).append(here)
-        after = here
-    return guests
