@@ -4,11 +4,10 @@
 
 Random Llamas of two sizes with a vocabulary of 8,192, in float32, one thread, CPU seconds. The
 plain loop calls transformers' `generate` on batches of as many rows, in input order, padded to the
-longest row of each; it generates as many tokens as ours, all of which are counted. On equal prompts it pads
-nothing; on ragged ones it does. Requests of log-likelihoods are questions with four choices of
-several tokens (`shared`), with choices of one token (`single`), and texts alone (`alone`); ours
-begin from the texts as lm-eval does and the values are compared. `--peer-python` is the interpreter
-that has lm-eval; without it that part is left out.
+longest row of each; both generate as many tokens. Requests of log-likelihoods are questions with
+four choices of several tokens (`shared`), with choices of one token (`single`), and texts alone
+(`alone`); ours begin from the texts as lm-eval does and the values are compared. `--peer-python` is
+the interpreter that has lm-eval; without it that part is left out.
 """
 
 from __future__ import annotations
