@@ -15,6 +15,7 @@ from markupsafe import Markup
 from deltaloom.core.atomic import write_text
 from deltaloom.core.errors import InputError
 from deltaloom.report import (
+    composition,
     cost,
     headline,
     likeness,
@@ -76,6 +77,7 @@ def render(report: Report) -> str:
         selections=[_selection(one, largest) for one in chosen],
         mixtures=[_mixture(one) for one in mixture.mixtures(report)],
         staged=stages.staged(report),
+        compositions=composition.compositions(report),
         suspicions=[_suspicion(one) for one in suspicion.suspicions(report)],
         inputs=provenance.inputs(report),
         versions=provenance.versions(report),
