@@ -13,8 +13,8 @@ from deltaloom.report.reading import read_runs
 
 
 def student(messages, body):
-    """Two of the three skills, on topic; one text in three is full of tags."""
-    return "Answer: The garden rests in rain." if body["seed"] == 0 else "<b>fine</b>"
+    """Two of the three skills, on topic, in five words of which two are a tag."""
+    return "Answer: The <i>garden</i> rain."
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("skills") / "mix"
     with serving(student) as server:
         deltaloom.measure(
-            "skillmix", student=f"{server.url}#m", out=out, k=[1, 2], combinations=6, rounds=2,
+            "skillmix", student=f"{server.url}#m", out=out, k=[1, 2], combinations=6,
             only=["lipogram in u", "words by fives", "palindrome"], only_topics=["gardening"],
         )  # fmt: skip
     return out
@@ -36,9 +36,12 @@ def test_the_heat_map_has_every_cell(measured):
              if cell is not None}  # fmt: skip
     assert cells == {(row["skill"], row["k"]) for row in document["by_skill"]}
     assert [cell.n for cell in found.full] == [6, 6]
-    assert {one.text for one in found.good} == {"The garden rests in rain."}
+    assert {one.text for one in found.good} == {"The <i>garden</i> rain."}
     assert all(one.lost for one in found.bad)
-    assert ("palindrome", "0.00") in [(name, row[1].value) for name, row in found.rows]
+    cells = {
+        cell.value for name, row in found.rows for cell in row if name == "palindrome" and cell
+    }
+    assert cells == {"0.00"}
 
 
 def test_the_page_shows_it_and_escapes(measured):
@@ -46,8 +49,8 @@ def test_the_page_shows_it_and_escapes(measured):
     section = page[page.index('<section id="skills"') : page.index('<section id="how"')]
     for name in ("lipogram in u", "words by fives", "palindrome"):
         assert f'<th scope="row">{name}</th>' in section
-    assert "&lt;b&gt;fine&lt;/b&gt;" in section
-    assert "<b>fine</b>" not in section
+    assert "The &lt;i&gt;garden&lt;/i&gt; rain." in section
+    assert "<i>garden" not in section
     assert len(re.findall(r'<td class="n h\d+">', section)) >= 4
     assert "style=" not in section
 
