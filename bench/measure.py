@@ -32,7 +32,7 @@ from deltaloom.engine.forward import token_logprobs
 from deltaloom.engine.generate import generate
 
 VOCABULARY, BATCH = 8192, 16
-SIZES = {"small": (128, 4), "large": (512, 8)}
+SIZES = {"small": (128, 4), "large": (320, 8)}
 PEER = Path(__file__).with_name("_measure_peer.py")
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer-python", help="interpreter with lm-eval")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     repeats = 1 if options.quick else options.repeats
@@ -149,7 +149,7 @@ def compared(
 def requests(kind: str, quick: bool) -> list[tuple[str, str]]:
     """Contexts and continuations."""
     rng = random.Random(kind)
-    count = 10 if quick else 60
+    count = 10 if quick else 40
 
     def text(low: int, high: int) -> str:
         return " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(rng.randint(low, high)))

@@ -103,6 +103,8 @@ class Method(Spec):
     optional: ClassVar[frozenset[str]] = frozenset()
     """Inputs that its verb asks for and that this method can do without: the `pool` of a selector
     that makes its rows, the `tasks` of a measurer that brings its questions."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Packages of an extra that it cannot do without."""
     trial: ClassVar[dict[str, Any]] = {}
     """Settings for the conformance suite's tiny model, where the defaults are meant for hours."""
     classifiers: ClassVar[bool] = False
