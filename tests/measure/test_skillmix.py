@@ -392,3 +392,15 @@ def test_the_graders_prompt_has_the_rubric():
     prompt = grading(asked(2), RULES, "The text.")
     assert prompt.count("\n1. Correctly illustrates") == 1
     assert "5. At most 1 sentence\n" in prompt
+
+
+def test_two_steps_of_a_recipe_keep_their_names(tmp_path):
+    with serving(both) as server:
+        asked = {"method": "skillmix", "student": f"{server.url}#student", **SMALL, "k": [1]}
+        steps = [{"measure": {**asked, "name": name}} for name in ("first", "second")]
+        record = deltaloom.run({"steps": steps}, out=tmp_path / "out")
+    assert {key for key in record["results"]["estimates"] if "k1" in key} == {
+        "student/first.k1/full_marks",
+        "student/second.k1/full_marks",
+    }
+    assert (tmp_path / "out/first/student--first/skillmix.json").exists()

@@ -233,8 +233,9 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     labels = {Path(name).name if "/" in name else name: name for name in names}
     if len(labels) != len(names):
         raise InputError(f"{step.name}: two of deltas have the same last name: {', '.join(names)}")
-    # A measure that brings its own questions is its own task.
-    given = inputs.data["tasks"] or [Examples([], step.method)]
+    # A measure that brings its own questions is its own task; two in a recipe go by their names.
+    own = step.method if step.name == f"measure-{step.method}" else step.name
+    given = inputs.data["tasks"] or [Examples([], own)]
     tasks = [Path(data.name).stem for data in given]
     if len(set(tasks)) != len(tasks):
         raise InputError(f"{step.name}: two of tasks have the same file name: {', '.join(tasks)}")
