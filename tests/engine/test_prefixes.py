@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_forward import MODELS, oracle
 
+from deltaloom.engine import forward
 from deltaloom.engine.forward import token_logprobs
 from deltaloom.engine.prefixes import can_share, families, hosts
 
@@ -94,6 +95,19 @@ def test_families_begin_alike_and_save(inputs):
         assert all(len(inputs[i]) > family.length for i in family.members)
         tokens = sum(len(inputs[i]) for i in family.members)
         assert family.length * (len(family.members) - 1) > 0.25 * tokens
+
+
+def test_few_logits_at_once_change_nothing(monkeypatch):
+    model, rows = MODELS["llama-tied"](), questions(seed=4)
+    wanted = token_logprobs(model, rows, 0)
+    monkeypatch.setattr(forward, "LOGITS_PER_BATCH", 61 * 8)
+    most = []
+    hook = lambda module, args, output: most.append(output.logits.numel())  # noqa: E731
+    model.register_forward_hook(hook)
+    for a, b in zip(wanted, token_logprobs(model, rows, 0), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    # one row alone may need more: a whole text of 30 tokens is scored among them
+    assert max(most) <= 61 * 40
 
 
 def test_budget_is_kept():

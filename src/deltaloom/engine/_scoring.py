@@ -88,6 +88,10 @@ def together(
     values = np.zeros(len(early), np.float32)
     rows = np.array([place[i] for i in members])[cells.rows]
     first = Cells(rows, cells.positions + (width - lengths), cells.targets).where(early)
+    if len(batch) > 1 and runner.too_many(len(batch), first, width):
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            yield from together(runner, half, inputs, jobs, budget)
+        return
     values[early], cache = runner.begin(beginnings, first)
     if not is_plain(cache):
         for part in forward.budgeted([len(inputs[i]) for i in members], budget):
@@ -97,10 +101,15 @@ def together(
     # Keys and values of a tail batch are copied, so their memory is bounded as well.
     sizes = [width + len(tail) for tail in tails]
     computed = sum(map(len, beginnings))
-    for part in forward.budgeted(sizes, 2 * budget):
+    parts = [*forward.budgeted(sizes, 2 * budget)][::-1]
+    while parts:
+        part = parts.pop()
         inside = np.isin(cells.rows, part)
         late = inside & ~early
         own = Cells(cells.rows - part[0], cells.positions - lengths, cells.targets).where(late)
+        if len(part) > 1 and runner.too_many(len(part), own, max(len(tails[k]) for k in part)):
+            parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+            continue
         starts = [batch[place[members[k]]].length for k in part]
         at = [place[members[k]] for k in part]
         values[late] = runner.go_on([tails[k] for k in part], starts, at, cache, width, own)
@@ -122,13 +131,19 @@ class Runner:
     def score(self, rows: Sequence[Sequence[int]], cells: Cells) -> NDArray[np.float32]:
         """Log-probabilities `(m,)` of the cells; halves a batch that has too many logits."""
         kept = np.unique(cells.positions)
-        columns = len(kept) if self.keeps else max(map(len, rows))
-        if len(rows) > 1 and len(rows) * columns * self.vocabulary > forward.LOGITS_PER_BATCH:
+        if len(rows) > 1 and self.too_many(len(rows), cells, max(map(len, rows))):
             half = len(rows) // 2
             parts = ((0, half), (half, len(rows)))
             return np.concatenate([self.score(rows[a:b], cells.of_rows(a, b)) for a, b in parts])
         with torch.inference_mode():
             return log_softmax_at(self._logits(rows, kept), kept, cells)
+
+    def too_many(self, rows: int, cells: Cells, width: int) -> bool:
+        """Whether a batch would give more logits than are held at once; a model that cannot keep
+        some alone gives those of its whole `width`.
+        """
+        columns = len(np.unique(cells.positions)) if self.keeps else width
+        return rows * columns * self.vocabulary > forward.LOGITS_PER_BATCH
 
     def begin(self, rows: Sequence[Sequence[int]], cells: Cells) -> tuple[NDArray[np.float32], Any]:
         """Log-probabilities of the cells, counted from the left of the padding, and the cache."""

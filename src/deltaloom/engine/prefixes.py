@@ -69,7 +69,8 @@ def can_share(model: Any) -> bool:
     """Whether a model's later tokens can be computed from a cache of its earlier ones.
 
     True for decoders that take positions and a cache of plain keys and values, alone or with LoRA;
-    sliding windows, recurrent states, virtual tokens and routed adapters are computed whole.
+    sliding windows, recurrent states, virtual tokens, routed adapters and models that always give
+    all logits are computed whole.
     """
     adapters = getattr(model, "peft_config", None) or {}
     kinds = {str(getattr(one.peft_type, "value", one.peft_type)) for one in adapters.values()}
@@ -78,7 +79,8 @@ def can_share(model: Any) -> bool:
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or ()
     return (
-        kinds <= {"LORA"}
+        "logits_to_keep" in named
+        and kinds <= {"LORA"}
         and {"position_ids", "use_cache", "attention_mask"} <= set(named)
         and cache_name(model) is not None
         and getattr(config, "sliding_window", None) is None
