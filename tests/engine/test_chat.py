@@ -76,14 +76,21 @@ def test_what_does_not_pass_is_a_failed_reply(server, fault, why):
 
 
 @pytest.mark.parametrize(
-    ("fault", "why"), [("refusal", "refused"), ("empty", "empty"), (400, "400")]
+    ("fault", "why", "times"), [("refusal", "refused", 2), ("empty", "empty", 2), (400, "400", 1)]
 )
-def test_what_would_not_pass_is_asked_once(server, fault, why):
+def test_what_would_hardly_pass_is_asked_seldom(server, fault, why, times):
     server.faults["a"] = [fault] * 9
     (a,) = chat_at(server).replies([say("a")], max_new_tokens=4)
     assert a.text is None
     assert why in a.failure
-    assert server.asked["a"] == 1
+    assert server.asked["a"] == times
+    assert a.tokens_in == (0 if fault == 400 else 7 * times)
+
+
+def test_a_second_thought_is_an_answer_and_both_are_paid(server):
+    server.faults["a"] = ["refusal"]
+    (a,) = chat_at(server).replies([say("a")], max_new_tokens=4)
+    assert (a.text, a.tokens_in, a.tokens_out) == ("A", 14, 6)
 
 
 @pytest.mark.parametrize("code", [401, 404, 307])
@@ -257,11 +264,11 @@ def test_an_interrupted_call_keeps_what_came(server, tmp_path):
 
 
 def test_a_refusal_is_paid_and_kept(server, tmp_path):
-    server.faults["a"] = ["refusal"]
+    server.faults["a"] = ["refusal"] * 9
     for _ in range(2):
         (a,) = Kept(chat_at(server), tmp_path / "k.jsonl").replies([say("a")], max_new_tokens=4)
-        assert a == Reply(None, "refused: I cannot help with that", 7, 3)
-    assert server.asked["a"] == 1
+        assert a == Reply(None, "refused: I cannot help with that", 14, 6)
+    assert server.asked["a"] == 2
 
 
 def test_parts_go_through(server):

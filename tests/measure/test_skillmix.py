@@ -24,6 +24,7 @@ from deltaloom.measure._combinations import (
     possible,
 )
 from deltaloom.measure._composition import Marked, efficiency
+from deltaloom.measure._mixing import refuses
 from deltaloom.measure._rubric import METRICS, Points
 from deltaloom.measure._skills import Skill, read_skills, read_topics
 from deltaloom.measure._wording import Wording, grading, read_wording
@@ -308,6 +309,48 @@ def test_failures_are_missing_and_never_zero(tmp_path):
     lost = [row for row in rows if "palindrome" in row["skills"]]
     assert len(lost) == whole.missing
     assert all(row["failure"] == "grader: no grading could be read" for row in lost)
+
+
+REFUSES = "I'm sorry, but I can't help with that."
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [
+        (REFUSES, True),
+        ("I cannot assist with this request.", True),
+        ("As an AI model, I am unable to write that.", True),
+        ("Unfortunately, I won't provide it.", True),
+        ("I cannot sleep, said the moon.", False),
+        ("I'm sorry about the rain, but the garden needs it.", False),
+        (f"Answer: {REFUSES}", False),
+    ],
+)
+def test_refusals_in_prose(text, yes):
+    assert refuses(Wording(), text) == yes
+
+
+def test_a_refusal_and_prose_are_asked_again(tmp_path):
+    """The student refuses its first seed and always when told to revise 'palindrome'."""
+
+    def moody(messages, body):
+        if body["model"] == "grader":
+            again = body["seed"] >= 300
+            return by_checks(messages, {"seed": 0}) if again else "A nice text."
+        if body["seed"] < 500 or "palindrome" in messages[0]["content"]:
+            return REFUSES
+        return known_student(messages, body)
+
+    with serving(moody) as server:
+        grader = {"url": server.url, "model": "grader"}
+        found = run_at(server, tmp_path / "out", grader=grader, gradings=1, k=[1])
+    one = found["student--skillmix"]
+    assert (one.value, one.n, one.missing) == (1.0, 4, 2)
+    rows = transcripts(tmp_path / "out")
+    lost = [row["failure"] for row in rows if row["text"] is None]
+    assert lost == [f"student: refused: {REFUSES}"] * 2
+    notes = Run.read(tmp_path / "out")["notes"]
+    assert notes["student--skillmix.unread_gradings"] == 0
 
 
 def test_nothing_answers(tmp_path):

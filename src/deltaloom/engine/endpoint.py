@@ -3,8 +3,8 @@
 Written over the standard library. Time-outs, broken connections, 408, 409, 425, 429, 5xx and
 answers that are no whole JSON are asked again after `backoff * 2^attempt` seconds with jitter, or
 when `Retry-After` says; after `attempts` of them the call is a failed Reply. A refusal or an empty
-answer is a failed Reply at once, and so is a 400 (one conversation too long, say); a wrong address
-or key would fail every call and raises InputError.
+answer is asked again once, as it has been paid for, and a 400 (one conversation too long, say) not
+at all; a wrong address or key would fail every call and raises InputError.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -149,7 +150,7 @@ class EndpointChat:
     def _ask(self, body: dict[str, Any]) -> Reply:
         from deltaloom.engine.chat import Reply
 
-        reason, asked = "", 0.0
+        reason, asked, refused = "", 0.0, None
         jitter = random.Random(json.dumps(body, sort_keys=True))
         for attempt in range(self.endpoint.attempts):
             if attempt:
@@ -160,7 +161,11 @@ class EndpointChat:
                 break
             asked = 0.0
             try:
-                return _reply(self._send(body))
+                reply = _reply(self._send(body))
+                if reply.text is None and refused is None and attempt + 1 < self.endpoint.attempts:
+                    refused = reply
+                    continue
+                return reply if refused is None else _paid_too(reply, refused)
             except urllib.error.HTTPError as error:
                 said = _said(error)
                 if error.code in HOPELESS:
@@ -179,7 +184,8 @@ class EndpointChat:
                     if timed_out
                     else f"no connection ({cause or type(error).__name__})"
                 )
-        return Reply(None, reason or "interrupted")
+        failed = Reply(None, reason or "interrupted")
+        return failed if refused is None else _paid_too(failed, refused)
 
     def _send(self, body: dict[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -237,6 +243,12 @@ class _Pace:
 
     def resume(self) -> None:
         self.stopped.clear()
+
+
+def _paid_too(reply: Reply, refused: Reply) -> Reply:
+    """A reply with the tokens of the refusal before it."""
+    tokens_in = reply.tokens_in + refused.tokens_in
+    return replace(reply, tokens_in=tokens_in, tokens_out=reply.tokens_out + refused.tokens_out)
 
 
 def _reply(answer: bytes) -> Reply:

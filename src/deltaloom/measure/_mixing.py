@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     from deltaloom.core.run import Run
     from deltaloom.engine.chat import Chat, Conversation, Reply
     from deltaloom.measure._asking import Asking
+
+
+REFUSAL = re.compile(
+    r"(?:I['’]m sorry|I am sorry|Sorry|I apologi[sz]e|Unfortunately)?\W*(?:but )?"
+    r"(?:as an AI[^,]*, )?I (?:can['’]?t|can ?not|won['’]t|will not|"
+    r"am (?:unable|not able)|['’]?m (?:unable|not able)) (?:to )?(?:help|assist|comply|do|provide|write|create|generate|fulfil)",
+    re.IGNORECASE,
+)
+AGAIN = 2
+"""Times that a grading in prose is asked for again. Ours."""
 
 
 @dataclass
@@ -113,6 +124,13 @@ def commonest_failure(mixed: Sequence[Mixed]) -> str:
     return why.most_common(1)[0][0] if why else "no text was written"
 
 
+def refuses(wording: Wording, reply: str) -> bool:
+    """Whether a reply is a refusal in prose: it begins like one and gives no answer."""
+    if wording.answer is not None and wording.answer in reply:
+        return False
+    return bool(REFUSAL.match(reply.strip()))
+
+
 class Mixing:
     """The conversations with student and grader."""
 
@@ -177,18 +195,19 @@ class Mixing:
     def _say(self, label: str, texts: Sequence[Text], seed: int) -> None:
         """Continue each conversation by the student's reply."""
         assert self.student is not None
-        found = self._ask(
-            label,
-            self.student,
-            [one.conversation for one in texts],
-            self.how.max_new_tokens,
-            self.how.temperature,
-            seed,
-        )
+        how = self.how.max_new_tokens, self.how.temperature
+        talks = [one.conversation for one in texts]
+        found = self._ask(label, self.student, talks, *how, seed)
+        refused = [i for i, one in enumerate(found) if refuses(self.wording, one.text or "")]
+        second = self._ask(label, self.student, [talks[i] for i in refused], *how, seed + 500)
+        for i, reply in zip(refused, second, strict=True):
+            found[i] = reply
         for one, reply in zip(texts, found, strict=True):
             one.cut, one.unfinished = one.cut or reply.cut, not reply.finished
             if reply.text is None:
                 one.failure = f"student: {reply.failure}"
+            elif refuses(self.wording, reply.text):
+                one.failure = f"student: refused: {reply.text[:80]}"
             else:
                 one.conversation.append({"role": "assistant", "content": reply.text})
 
@@ -222,13 +241,23 @@ class Mixing:
         for number in range(self.how.gradings):
             # A point is a line of some ten tokens; the rest is for a model that says more.
             room = 64 + 32 * max((one.k + 3 for one, _ in written), default=0)
-            found = self._ask(
-                "gradings", grader, asked, room, self.how.grader_temperature, seed + number
-            )
-            for (_, text), reply in zip(written, found, strict=True):
-                text.gradings.append(reply.text)
-                if reply.text is None:
-                    text.failure = f"grader: {reply.failure}"
+            left = list(range(len(written)))
+            replies: dict[int, Reply] = {}
+            for again in range(1 + AGAIN):
+                found = self._ask(
+                    "gradings",
+                    grader,
+                    [asked[i] for i in left],
+                    room,
+                    self.how.grader_temperature,
+                    seed + number + 300 * again,
+                )
+                replies |= dict(zip(left, found, strict=True))
+                left = [i for i in left if self._in_prose(written[i], replies[i])]
+            for i, (_, text) in enumerate(written):
+                text.gradings.append(replies[i].text)
+                if replies[i].text is None:
+                    text.failure = f"grader: {replies[i].failure}"
         for one, text in written:
             read = [
                 None if said is None else rubric.parsed(one, self.rules, str(text.text), said)
@@ -239,6 +268,13 @@ class Mixing:
             if text.points is not None:
                 text.failure = None
                 self._compare(one, text, text.points)
+
+    def _in_prose(self, written: tuple[Combination, Text], reply: Reply) -> bool:
+        """Whether the grader answered, and not as it was asked."""
+        one, text = written
+        if reply.text is None:
+            return False
+        return rubric.parsed(one, self.rules, str(text.text), reply.text) is None
 
     def _compare(self, asked: Combination, text: Text, points: Points) -> None:
         for skill, point in zip(asked.skills, points.skills, strict=True):

@@ -17,8 +17,9 @@ offline, and skills without a check are left out. Where a grader meets skills th
 `skillmix.json` in the run's folder has every metric by k with its interval, every skill by k, the
 efficiencies and what could have been copied; `transcripts.jsonl` has every conversation, text,
 grading and point, so that any number can be made again. Estimates come for the whole and each k.
-A call that fails, or a grading that cannot be read, is missing and counted, never zero. Every call
-is kept until the run is done: an interrupted one pays for nothing twice.
+A refusal, and a grading in prose, is asked for again; a call that fails in the end, or a grading
+that cannot be read, is missing and counted, never zero. Every call is kept until the run is done:
+an interrupted one pays for nothing twice.
 
 Differs: texts are averaged over `rounds` and the best of them is reported beside, where the paper
 reports the best of three alone; the official code's three gradings are one grading copied, here
