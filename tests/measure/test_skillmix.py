@@ -24,7 +24,7 @@ from deltaloom.measure._combinations import (
     possible,
 )
 from deltaloom.measure._composition import Marked, efficiency
-from deltaloom.measure._mixing import refuses
+from deltaloom.measure._mixing import APART, refuses
 from deltaloom.measure._rubric import METRICS, Points
 from deltaloom.measure._skills import Skill, read_skills, read_topics
 from deltaloom.measure._wording import Wording, grading, read_wording
@@ -378,6 +378,17 @@ def test_an_interrupted_measurement_pays_nothing_twice(tmp_path):
     assert Run.read(tmp_path / "out")["cost"]["endpoint_calls"] == calls
 
 
+def test_what_is_asked_twice_is_drawn_twice(tmp_path):
+    with serving(both) as server:
+        run_at(server, tmp_path / "warm", k=[1], only=["words by fives"], combinations=3)
+        assert len({(body["seed"], len(body["messages"])) for body in server.bodies}) == 6
+        before = len(server.bodies)
+        run_at(server, tmp_path / "cold", k=[1], only=["words by fives"], combinations=3,
+               temperature=0.0)  # fmt: skip
+        # the likeliest text is the same one, and is paid for once
+        assert len(server.bodies) - before == 2
+
+
 def test_seen_rows_and_copies(tmp_path):
     rows = [
         {"prompt": "p", "completion": "The garden  rests in rain.",
@@ -396,7 +407,7 @@ def test_seen_rows_and_copies(tmp_path):
 def test_rounds_mean_and_best(tmp_path):
     def fickle(messages, body):
         # the second round's seed is another one
-        text = "The garden rests in rain." if body["seed"] else "No."
+        text = "The garden rests in rain." if body["seed"] % APART else "No."
         return f"Answer: {text}"
 
     with serving(fickle) as server:

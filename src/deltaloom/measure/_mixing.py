@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaloom.core.atomic import write_text
 from deltaloom.core.progress import progress
+from deltaloom.core.spec import canonical
 from deltaloom.measure import _rubric as rubric
 from deltaloom.measure._combinations import Combination
 from deltaloom.measure._composition import Marked
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 REFUSAL = re.compile(
     r"(?:I['’]m sorry|I am sorry|Sorry|I apologi[sz]e|Unfortunately)?\W*(?:but )?"
     r"(?:as an AI[^,]*, )?I (?:can['’]?t|can ?not|won['’]t|will not|"
-    r"am (?:unable|not able)|['’]?m (?:unable|not able)) (?:to )?(?:help|assist|comply|do|provide|write|create|generate|fulfil)",
+    r"am (?:unable|not able)|['’]?m (?:unable|not able)) (?:to )?"
+    r"(?:help|assist|comply|do|provide|write|create|generate|fulfil)",
     re.IGNORECASE,
 )
+APART = 999_999
+"""Between the seeds of equal questions: beyond all other offsets."""
 AGAIN = 2
 """Times that a grading in prose is asked for again. Ours."""
 
@@ -220,16 +224,27 @@ class Mixing:
         temperature: float,
         seed: int,
     ) -> list[Reply]:
+        """One reply each; what is asked several times is drawn several times, by seeds apart."""
         if not conversations:
             return []
+        times: Counter[str] = Counter()
+        turns: dict[int, list[int]] = {}
+        for i, conversation in enumerate(conversations):
+            asked = canonical(list(conversation))
+            turns.setdefault(times[asked] if temperature else 0, []).append(i)
+            times[asked] += 1
+        replies: dict[int, Reply] = {}
         with progress(label, len(conversations)) as advance:
-            return chat.replies(
-                conversations,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                on_reply=lambda number, reply: advance(1),
-            )
+            for number, chosen in turns.items():
+                found = chat.replies(
+                    [conversations[i] for i in chosen],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed + APART * number,
+                    on_reply=lambda number, reply: advance(1),
+                )
+                replies |= dict(zip(chosen, found, strict=True))
+        return [replies[i] for i in range(len(conversations))]
 
     def _by_grader(
         self, grader: Chat, written: Sequence[tuple[Combination, Text]], seed: int
