@@ -169,6 +169,7 @@ class EndpointChat:
             except urllib.error.HTTPError as error:
                 said = _said(error)
                 if error.code in HOPELESS:
+                    self._pace.stop()  # before another thread begins the next call
                     raise InputError(self._hopeless(error.code, said)) from None
                 reason = f"HTTP {error.code}: {said}"
                 if error.code not in AGAIN and error.code < 500:
