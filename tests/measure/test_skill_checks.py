@@ -82,7 +82,9 @@ def test_the_packages_own_lists():
         assert rate < (0.75 if skill.name == "lipogram in u" else 0.4), skill.name
 
 
-@pytest.mark.parametrize("text", ["", "!!! ???", "la la la la no", "........................ a"])
+@pytest.mark.parametrize(
+    "text", ["", "!!! ???", "<|end_story|>", "la la la la no", "........................ a"]
+)
 def test_nonsense_that_is_told(text):
     assert not plausible(text)
 

@@ -118,11 +118,11 @@ def chosen(skills: Sequence[Skill], only: Sequence[str], without: Sequence[str])
 
 
 def plausible(text: str) -> bool:
-    """Where no grader reads the text: it has words, most characters belong to them, and no word
-    makes up more than half of five or more. Nonsense made of different words passes.
+    """Where no grader reads the text: it has three words, most characters belong to words, and no
+    word makes up more than half of five or more. Nonsense made of different words passes.
     """
     found = words(text)
-    if not found or sum(map(len, found)) < 0.5 * len(text.strip()):
+    if len(found) < 3 or sum(map(len, found)) < 0.5 * len(text.strip()):
         return False
     return len(found) < 5 or max(map(found.count, set(found))) <= len(found) / 2
 
