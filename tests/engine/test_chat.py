@@ -150,6 +150,8 @@ def test_names_of_speakers():
     assert Asking.parse({"who": "org/model"}, "here").who == Base(model="org/model")
     again = Asking.parse(Asking.parse({"who": url}, "x").model_dump(mode="json"), "x")
     assert again.who == one
+    shape = Asking.model_json_schema()["properties"]["who"]
+    assert {"type": "string"} in shape["anyOf"]
     for wrong, why in (
         ("http://localhost:8000/v1", "#MODEL"),
         ("http://me:key@h/v1#m", "environment"),

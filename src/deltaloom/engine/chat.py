@@ -285,7 +285,9 @@ def _named(value: Any) -> Any:
     return value
 
 
-Speaker = Annotated[Endpoint | Base, BeforeValidator(_named)]
+Speaker = Annotated[
+    Endpoint | Base, BeforeValidator(_named, json_schema_input_type=str | Endpoint | Base)
+]
 """Who answers, in settings: `http://host/v1#model` or a mapping with `url`, `model` and an
 endpoint's other settings; or a Base: a hub id, a folder, or a mapping."""
 
