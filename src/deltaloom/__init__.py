@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
     from deltaloom.core.deltas.extraction import extract
     from deltaloom.core.errors import InputError, WorkError
-    from deltaloom.core.estimate import Estimate, compare
+    from deltaloom.core.estimate import (
+        Estimate,
+        compare,
+        compare_seeds,
+        items_needed,
+        pool_seeds,
+    )
     from deltaloom.core.examples import Examples
     from deltaloom.core.features import Features
     from deltaloom.core.method import methods
@@ -34,11 +40,14 @@ _HOMES = {
     "Run": "core.run",
     "WorkError": "core.errors",
     "compare": "core.estimate",
+    "compare_seeds": "core.estimate",
     "extract": "core.deltas.extraction",
+    "items_needed": "core.estimate",
     "measure": "recipe.verbs",
     "merge": "recipe.verbs",
     "methods": "core.method",
     "plan": "recipe.plan",
+    "pool_seeds": "core.estimate",
     "run": "recipe.verbs",
     "select": "recipe.verbs",
     "tune": "recipe.verbs",
@@ -56,11 +65,14 @@ __all__ = [
     "Run",
     "WorkError",
     "compare",
+    "compare_seeds",
     "extract",
+    "items_needed",
     "measure",
     "merge",
     "methods",
     "plan",
+    "pool_seeds",
     "run",
     "select",
     "tune",

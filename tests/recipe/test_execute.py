@@ -90,6 +90,7 @@ def test_estimates_have_items_and_comparisons_are_paired(done):
     paired = compare(mine, base)
     there = record["results"]["comparisons"]["a - base/test/accuracy"]
     assert (there["value"], there["p"]) == (paired.difference.value, paired.p_value)
+    assert there["p_holm"] >= there["p"]
 
 
 def test_the_ledger_of_the_recipe_is_the_sum_of_its_steps(done):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json as jsonlib
-from dataclasses import replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -94,30 +93,23 @@ def env(json: Json = False) -> None:
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run that measured.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="The run to compare it with.")],
+    first: Annotated[str, typer.Argument(metavar="RUN[,RUN...]", help="A run that measured.")],
+    second: Annotated[str, typer.Argument(metavar="RUN[,RUN...]", help="What to compare it with.")],
     json: Json = False,
 ) -> None:
-    """Compare two runs' estimates item by item: first minus second, per task and metric."""
-    from deltaloom.core.estimate import compare as paired
-    from deltaloom.recipe.measurements import matched, read_estimates
+    """Compare two runs' estimates item by item: first minus second, per task and metric.
 
-    pairs = matched(read_estimates(first), read_estimates(second))
-    if not pairs:
-        raise InputError(f"{first} and {second} measured no task by the same metric")
-    found = {
-        key: paired(
-            # Both runs may call what they measured by the same name.
-            replace(a, of=f"{a.of} in {first}"),
-            replace(b, of=f"{b.of} in {second}"),
-        )
-        for key, (a, b) in pairs.items()
-    }
+    Several runs with commas between are training seeds of one thing, the k-th of the first with
+    the k-th of the second: interval and verdict then speak of new seeds and new items.
+    """
+    from deltaloom.recipe.comparing import compared
+
+    found = compared(first, second)
     if json:
         print(jsonlib.dumps({key: one.to_json() for key, one in found.items()}))
         return
-    for key, one in found.items():
-        print(f"{key}: {one.summary()}")
+    for line in found.values():
+        print(line)
 
 
 def check(

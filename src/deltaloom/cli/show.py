@@ -38,9 +38,10 @@ def estimates_table(results: dict[str, Any]) -> None:
         print(f"  {key:{width}}  {one['value']:8.4f}  {interval(one)}  n={one['n']}")
     for key, one in comparisons.items():
         verdict = f"favours {one['favours']}" if one["favours"] != "neither" else "no difference"
-        print(
-            f"  {key:{width}}  {one['value']:+8.4f}  {interval(one)}  p={one['p']:.2g}  {verdict}"
-        )
+        p = f"p={one['p']:.2g}"
+        if len(comparisons) > 1 and "p_holm" in one:  # absent from records of older runs
+            p += f" p_holm={one['p_holm']:.2g}"
+        print(f"  {key:{width}}  {one['value']:+8.4f}  {interval(one)}  {p}  {verdict}")
 
 
 def interval(one: dict[str, Any]) -> str:

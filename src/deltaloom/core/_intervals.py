@@ -25,7 +25,7 @@ from scipy import special
 from deltaloom.core.errors import InputError
 
 if TYPE_CHECKING:
-    from deltaloom.core.estimate import Estimate
+    from deltaloom.core.estimate import Estimate, Over
 
 Array = NDArray[np.float64]
 
@@ -49,11 +49,13 @@ class Summary(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What `measure` found: fields of an Estimate, and the spread and rows of its `Summary`."""
+    """What `measure` found: fields of an Estimate, and what its tests and checks need."""
 
     facts: dict[str, Any]
     spread: float
     rows: Array
+    units: Array
+    """Sums of the independent units, (m,): what the sign test flips."""
 
 
 def numbers(given: Mapping[str, float], what: str, remedy: str) -> dict[str, float]:
@@ -140,9 +142,9 @@ def measure(
     weights: Mapping[str, float] | None,
     confidence: float,
     steps: str | None = None,
-    over_seeds: bool = False,
+    over: Over = "items",
 ) -> Measured:
-    """One series of items summarised over items, or several seeds' series over seeds.
+    """One series of items summarised over items, or several seeds' over seeds or over both.
 
     All mappings have the same ids in the same order; `steps` is that of `summarise`.
     """
@@ -157,14 +159,21 @@ def measure(
     items = grid.mean(axis=0)
     found = summarise(items, w, codes, confidence, steps)
     pooled: dict[str, Any] = {}
-    if over_seeds:
-        each = np.array([ratio(unit_rows(values, w, codes))[0] for values in grid])
+    units = found.rows[:, 0]
+    if over != "items":
+        rows = [unit_rows(values, w, codes) for values in grid]
+        each = np.array([ratio(one)[0] for one in rows])
         pooled = {"seed_values": tuple(each.tolist()), "stderr_items": found.stderr}
-        found = summarise(each, None, None, confidence, None)._replace(interval="seeds-t")
+        found, units = summarise(each, None, None, confidence, None), each
+        found = found._replace(interval="seeds-t")
+        if over == "both":
+            from deltaloom.core._crossed import crossed
+
+            found = crossed(rows, confidence)
     facts = {name: getattr(found, name) for name in ("value", "stderr", "low", "high", "interval")}
     facts |= {"n": len(items), "items": dict(zip(series[0], items.tolist(), strict=True))}
     facts |= {"clusters": clusters, "weights": weights, "confidence": confidence}
-    return Measured(facts | pooled, found.spread, found.rows)
+    return Measured(facts | pooled, found.spread, found.rows, units)
 
 
 def summarise(
@@ -336,14 +345,3 @@ def sign_flip(sums: Array, seed: int, resamples: int) -> tuple[float, str]:
         flipped = (2.0 * bits.reshape(-1, m) - 1.0) @ sizes
         hits += int(np.count_nonzero(np.abs(flipped) >= bar))
     return (hits + 1) / (resamples + 1), "sign-flip-monte-carlo"
-
-
-def detectable(spread: float, units: int, confidence: float, power: float) -> float:
-    """The smallest true effect found with probability `power`: `(t_{1-alpha/2} + t_power) * se`.
-
-    Bloom 1995 with t on `units - 1` degrees of freedom; infinite for one unit.
-    """
-    if units < 2:
-        return math.inf
-    quantiles = special.stdtrit(units - 1, np.array([(1 + confidence) / 2, power]))
-    return float(quantiles.sum()) * spread

@@ -7,7 +7,8 @@ Which interval, and why (formulas in `_intervals.py`; the practice follows Mille
 - `clustered`: items in C clusters (one source text, one skill tuple), sandwich error, t on C - 1
 - `ratio`: weighted, value = sum w x / sum w (loss per token); in clusters `clustered-ratio`
 - `bonett-price`: paired differences of 0/1 items
-- `seeds-t`: several training seeds, the seed is the random unit
+- `seeds-t`: several training seeds, the seed is the random unit; `seeds-items-t`: seeds and items
+  are both random effects (`_crossed.py`)
 
 Where 0/1 items all agree the sandwich error is zero and claims certainty; `clustered-wilson`,
 `ratio-bonett-price` and so on name the closed form used there, with the effective number of
@@ -20,15 +21,26 @@ because they are hard: `missing` counts them, nothing here can correct for them.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from deltaloom.core.errors import InputError, suggest
+from deltaloom.core._documents import plain, record_of, restore
+from deltaloom.core.errors import InputError
+from deltaloom.core.multiplicity import benjamini_hochberg, holm
+from deltaloom.core.power import POWER, detectable, items_needed
 
-POWER = 0.8  # the probability of finding the effect that `Comparison.mde` reports
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "benjamini_hochberg",
+    "compare",
+    "compare_seeds",
+    "holm",
+    "items_needed",
+    "pool_seeds",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +109,16 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping without NaN or Infinity, which `from_json` turns back exactly."""
-        return _plain(self)
+        return plain(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any] | str) -> Self:
         """The Estimate that `to_json` wrote, from the mapping or its text; else InputError."""
-        record = _record(cls, document)
+        record = record_of(cls, document)
         record["seed_values"] = tuple(record["seed_values"])
-        _restore(record, stderr=math.inf, low=-math.inf, high=math.inf)
+        restore(record, stderr=math.inf, low=-math.inf, high=math.inf)
         if record["seed_values"]:
-            _restore(record, stderr_items=math.inf)
+            restore(record, stderr_items=math.inf)
         return cls(**record)
 
     def summary(self) -> str:
@@ -128,6 +140,7 @@ class Estimate:
 
 
 Seeds = Sequence[Estimate]  # one measurement after each of several training seeds
+Over = Literal["items", "seeds", "both"]  # what a mean is taken over, and what is new next time
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +176,14 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping without NaN or Infinity, which `from_json` turns back exactly."""
-        return _plain(self)
+        return plain(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any] | str) -> Self:
         """The Comparison that `to_json` wrote, from the mapping or its text; else InputError."""
-        record = _record(cls, document)
+        record = record_of(cls, document)
         record["difference"] = Estimate.from_json(record["difference"])
-        _restore(record, mde=math.inf)
+        restore(record, mde=math.inf)
         if record["bootstrap"] is not None:
             low, high = record["bootstrap"]  # one unit: both ends are unknown
             record["bootstrap"] = (-math.inf, math.inf) if low is None else (low, high)
@@ -200,28 +213,38 @@ def compare(
     whose clusters or weights disagree (losses per token under two tokenizers, say). Pooled seeds
     are taken as they are: `compare_seeds` is the one that speaks of new seeds.
     """
-    return _paired([a], [b], False, confidence, seed, resamples)
+    return _paired([a], [b], "items", confidence, seed, resamples)
 
 
 def compare_seeds(
-    a: Seeds, b: Seeds, *, confidence: float = 0.95, seed: int = 0, resamples: int = 10_000
+    a: Seeds,
+    b: Seeds,
+    *,
+    items: Literal["fixed", "random"] = "fixed",
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 10_000,
 ) -> Comparison:
     """`a - b` over training seeds, paired by position: seed k of `a` against seed k of `b`.
 
     The interval is Student's t over the per-seed paired differences and the test flips the sign of
     whole seeds, so `p_value` cannot fall below `2^(1 - seeds)`. `difference.stderr_items` keeps the
-    error over items beside it. Raises InputError like `compare`, and for fewer than two seeds.
+    error over items beside it. With `items="random"` interval and verdict speak of new seeds and
+    new items at once, as `pool_seeds` does; the test stays that over seeds. Raises InputError like
+    `compare`, and for fewer than two seeds.
     """
     if len(a) != len(b) or len(a) < 2:
         raise InputError(f"{len(a)} and {len(b)} seeds: give two lists of equal length, 2 or more")
-    return _paired(a, b, True, confidence, seed, resamples)
+    over = "seeds" if items == "fixed" else "both"
+    return _paired(a, b, over, confidence, seed, resamples)
 
 
-def pool_seeds(estimates: Seeds) -> Estimate:
+def pool_seeds(estimates: Seeds, *, items: Literal["fixed", "random"] = "fixed") -> Estimate:
     """One measurement over several training seeds: the mean over seeds, Student's t over seeds.
 
     The interval speaks of new seeds on these items; `stderr_items` of new items at these seeds.
-    Neither contains the other: report both. Items are averaged over seeds; those that some seed
+    Neither contains the other: report both, or let `items="random"` make one interval for new
+    seeds and new items, both random effects. Items are averaged over seeds; those that some seed
     could not score are left out everywhere and counted in `missing`. Costs are added up. Raises
     InputError for an empty list, different metrics, or no item that all seeds scored.
     """
@@ -234,7 +257,8 @@ def pool_seeds(estimates: Seeds) -> Estimate:
     planned = max(one.n + one.missing for one in estimates)
     seen = len(set().union(*(one.items for one in estimates)))
     keys = sorted({key for one in estimates for key in one.cost})
-    found = _intervals.measure(series, clusters, weights, first.confidence, over_seeds=True)
+    over = "seeds" if items == "fixed" else "both"
+    found = _intervals.measure(series, clusters, weights, first.confidence, over=over)
     return Estimate(
         **found.facts,
         metric=first.metric,
@@ -245,23 +269,13 @@ def pool_seeds(estimates: Seeds) -> Estimate:
     )
 
 
-def holm(pvalues: Iterable[float]) -> list[float]:
-    """Holm 1979: adjusted p-values in the given order, `max_{j <= i} min(1, (m - j + 1) p_(j))`."""
-    given = list(pvalues)
-    if any(not 0.0 <= p <= 1.0 for p in given):
-        raise InputError("holm: every p-value must lie in [0, 1]")
-    adjusted, worst = [0.0] * len(given), 0.0
-    for rank, index in enumerate(sorted(range(len(given)), key=given.__getitem__)):
-        worst = max(worst, min(1.0, (len(given) - rank) * given[index]))
-        adjusted[index] = worst
-    return adjusted
-
-
 def _paired(
-    a: Seeds, b: Seeds, over_seeds: bool, confidence: float, seed: int, resamples: int
+    a: Seeds, b: Seeds, over: Over, confidence: float, seed: int, resamples: int
 ) -> Comparison:
-    """The Comparison of two aligned lists of estimates; one of each when not `over_seeds`."""
+    """The Comparison of two aligned lists of estimates; one of each when `over` is items."""
     from deltaloom.core import _intervals
+
+    over_seeds = over != "items"
 
     ids, clusters, weights = _intervals.common([*a, *b])
     if len(ids) < 2:
@@ -272,7 +286,7 @@ def _paired(
     gaps = [{key: x.items[key] - y.items[key] for key in ids} for x, y in zip(a, b, strict=True)]
     binary = not over_seeds and all(_intervals.is_binary(one.items, ids) for one in (*a, *b))
     found = _intervals.measure(
-        gaps, clusters, weights, confidence, "paired" if binary else None, over_seeds
+        gaps, clusters, weights, confidence, "paired" if binary else None, over
     )
     difference = Estimate(
         **found.facts,
@@ -286,7 +300,7 @@ def _paired(
     if binary and not (clusters or weights):
         p_value, test = _intervals.mcnemar(higher, lower), "mcnemar-exact"
     else:
-        p_value, test = _intervals.sign_flip(found.rows[:, 0], seed, resamples)
+        p_value, test = _intervals.sign_flip(found.units, seed, resamples)
     a_is_high = a[0].better == "higher"
     verdict: Literal["a", "b", "neither"] = "neither"
     if difference.low > 0 or difference.high < 0:
@@ -304,43 +318,9 @@ def _paired(
         bootstrap=None if over_seeds else _intervals.bca(found.rows, confidence, seed, resamples),
         p_value=p_value,
         test=test,
-        mde=_intervals.detectable(found.spread, len(found.rows), confidence, POWER),
+        mde=detectable(found.spread, len(found.units), confidence, POWER),
         favours=verdict,
     )
-
-
-def _plain(value: Any) -> Any:
-    """`value` in JSON's terms; JSON has no infinity, so an unknown error or bound is null."""
-    if isinstance(value, (Estimate, Comparison)):
-        return {part.name: _plain(getattr(value, part.name)) for part in fields(value)}
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _restore(record: dict[str, Any], **unbounded: float) -> None:
-    """Undo `_plain` where a null can only mean infinite."""
-    record.update({name: end for name, end in unbounded.items() if record[name] is None})
-
-
-def _record(cls: type, document: Mapping[str, Any] | str) -> dict[str, Any]:
-    """The fields of `cls` in a JSON document; InputError for unknown or absent ones."""
-    kind = cls.__name__
-    if isinstance(document, str):
-        try:
-            document = json.loads(document)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{kind}: not JSON ({error})") from None
-    if not isinstance(document, Mapping):
-        raise InputError(f"{kind}: expected a JSON object, not {type(document).__name__}")
-    names = [part.name for part in fields(cls)]
-    for key in set(document) - set(names):
-        raise InputError(f"{kind}: unknown key {key!r}{suggest(key, names)}")
-    for name in set(names) - set(document):
-        raise InputError(f"{kind}: {name!r} is missing")
-    return dict(document)
 
 
 def _places(estimate: Estimate) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deltaloom.core.atomic import write_json
 from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.estimate import Estimate, compare
+from deltaloom.core.estimate import Estimate, compare, holm
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer, get
 from deltaloom.core.origin import Origin
@@ -299,16 +299,22 @@ def _estimates(
 
 def _measured(found: dict[tuple[str, str], Estimate], against: str | None) -> dict[str, Any]:
     estimates = {f"{label}/{task}/{one.metric}": brief(one) for (label, task), one in found.items()}
-    comparisons = {}
-    for (label, task), one in found.items():
-        if against is not None and label != against:
-            paired = compare(one, found[against, task])
-            key = f"{label} - {against}/{task}/{one.metric}"
-            comparisons[key] = {
-                **brief(paired.difference),
-                "p": paired.p_value,
-                "favours": {"a": label, "b": against}.get(paired.favours, "neither"),
-            }
+    paired = {
+        (label, task): compare(one, found[against, task])
+        for (label, task), one in found.items()
+        if against is not None and label != against
+    }
+    # Corrected over all that this step compares: every task and every model is another chance.
+    adjusted = holm(result.p_value for result in paired.values())
+    comparisons = {
+        f"{label} - {against}/{task}/{found[label, task].metric}": {
+            **brief(result.difference),
+            "p": result.p_value,
+            "p_holm": p_holm,
+            "favours": {"a": label, "b": against}.get(result.favours, "neither"),
+        }
+        for ((label, task), result), p_holm in zip(paired.items(), adjusted, strict=True)
+    }
     return {"estimates": estimates, "comparisons": comparisons}
 
 
