@@ -297,5 +297,5 @@ def _spearman(pairs: Array) -> float:
 def _kendall(pairs: Array) -> float:
     from scipy.stats import kendalltau
 
-    statistic, _ = kendalltau(pairs[:, 0], pairs[:, 1])
-    return float(statistic)
+    found: Any = kendalltau(pairs[:, 0], pairs[:, 1])
+    return float(found.statistic)
