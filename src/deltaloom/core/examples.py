@@ -188,6 +188,9 @@ def _content(where: str, row: dict[str, Any]) -> dict[str, Any]:
         return content | _question(where, row)
     if "text" in row:
         return {"text": _string(where, "text", row.pop("text"))}
+    if "input" in row:  # what is asked, where nothing else is
+        row["prompt"] = row.pop("input")
+        return _content(where, row)
     raise InputError(
         f"{where}: found neither 'messages', 'prompt' nor 'text' among {sorted(row) or 'no fields'}"
     )
