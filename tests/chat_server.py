@@ -32,7 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
+        # `/v1/images/generations` has a prompt instead of messages.
+        text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         with server.lock:
             server.bodies.append(body)
             server.headers.append(dict(self.headers))
@@ -53,7 +54,9 @@ class Handler(BaseHTTPRequestHandler):
                 server.now -= 1
 
     def _respond(self, body, fault):
-        if self.path != "/v1/chat/completions":
+        if self.path == "/v1/images/generations" and not isinstance(fault, int):
+            return self._send(200, {"data": [{"b64_json": self.server.answer(None, body)}]})
+        if self.path not in ("/v1/chat/completions", "/v1/images/generations"):
             return self._send(404, {"error": {"message": "no such path"}})
         if isinstance(fault, int):
             return self._send(fault, {"error": {"message": f"fault {fault}"}})

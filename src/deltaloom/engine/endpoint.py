@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -124,7 +124,7 @@ class EndpointChat:
         found: list[Any] = [None] * len(bodies)
         pool = ThreadPoolExecutor(self.endpoint.concurrency)
         try:
-            waited = {pool.submit(self._ask, body): i for i, body in enumerate(bodies)}
+            waited = {pool.submit(self.ask, body): i for i, body in enumerate(bodies)}
             for future in as_completed(waited):
                 i = waited[future]
                 found[i] = future.result()
@@ -147,9 +147,19 @@ class EndpointChat:
         run.spend(**spent)
         return spent
 
-    def _ask(self, body: dict[str, Any]) -> Reply:
+    def ask(
+        self,
+        body: dict[str, Any],
+        path: str = "/chat/completions",
+        read: Callable[[bytes], Reply] | None = None,
+    ) -> Reply:
+        """One call with all its attempts; `read` makes a Reply of the answer's bytes.
+
+        `read` raises Unreadable for an answer that another attempt may mend.
+        """
         from deltaloom.engine.chat import Reply
 
+        read = read or _reply
         reason, asked, refused = "", 0.0, None
         jitter = random.Random(json.dumps(body, sort_keys=True))
         for attempt in range(self.endpoint.attempts):
@@ -161,7 +171,7 @@ class EndpointChat:
                 break
             asked = 0.0
             try:
-                reply = _reply(self._send(body))
+                reply = read(self._send(body, path))
                 if reply.text is None and refused is None and attempt + 1 < self.endpoint.attempts:
                     refused = reply
                     continue
@@ -175,7 +185,7 @@ class EndpointChat:
                 if error.code not in AGAIN and error.code < 500:
                     break
                 asked = _retry_after(error)
-            except _Unreadable as error:
+            except Unreadable as error:
                 reason = str(error)
             except (OSError, http.client.HTTPException) as error:
                 timed_out = "timed out" in str(error)
@@ -188,13 +198,13 @@ class EndpointChat:
         failed = Reply(None, reason or "interrupted")
         return failed if refused is None else _paid_too(failed, refused)
 
-    def _send(self, body: dict[str, Any]) -> bytes:
+    def _send(self, body: dict[str, Any], path: str) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         key = os.environ.get(self.endpoint.key)
         if key:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(
-            f"{self.endpoint.url}/chat/completions", json.dumps(body).encode(), headers
+            f"{self.endpoint.url}{path}", json.dumps(body).encode(), headers
         )
         with self._opener.open(request, timeout=self.endpoint.timeout) as response:
             return response.read()
@@ -215,7 +225,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """No request follows."""
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """An answer that is not what the protocol says; the sentence is for the Reply."""
 
 
@@ -258,7 +268,7 @@ def _reply(answer: bytes) -> Reply:
     try:
         document = json.loads(answer)
     except ValueError:
-        raise _Unreadable(f"the answer is no whole JSON ({len(answer)} bytes)") from None
+        raise Unreadable(f"the answer is no whole JSON ({len(answer)} bytes)") from None
     try:
         choice = document["choices"][0]
         message = choice["message"]
@@ -269,7 +279,7 @@ def _reply(answer: bytes) -> Reply:
         written = int(usage.get("completion_tokens") or 0)
         logprobs = _logprobs(choice)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        raise _Unreadable("the answer holds no choices with a message") from None
+        raise Unreadable("the answer holds no choices with a message") from None
     if isinstance(text, list):
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
     if refusal or ended == "content_filter":

@@ -26,8 +26,8 @@ ATTRIBUTES = ("color", "number", "shape", "size", "texture")
 OBJECT_SHARE = 0.25
 """Probability that a draw is another object (ConceptMix's `object_prob`)."""
 NUMBERS = {"2": "two", "3": "three", "4": "four"}
-PATIENCE = 1000
-"""Draws after which a vocabulary is taken to be too small."""
+PATIENCE = 200
+"""Scenes drawn, and draws for one, after which a vocabulary is taken to be too small."""
 
 Vocabulary = Mapping[str, Sequence[str]]
 
@@ -110,7 +110,7 @@ def vocabulary(name: str) -> dict[str, list[str]]:
 
     Raises InputError for a file that is not an object of eight lists of words.
     """
-    shipped = Path(__file__).parent / "concepts" / f"{name}.json"
+    shipped = Path(__file__).parent / "data" / "concepts" / f"{name}.json"
     path = shipped if shipped.exists() else Path(name).expanduser()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def _drawn(words: Vocabulary, k: int, rng: random.Random) -> tuple[list[str], Co
     nouns = [rng.choice(words["object"])]
     categories: Counter[str] = Counter()
     others = [name for name in CATEGORIES if name != "object"]
-    for _ in range(PATIENCE):
+    for _ in range(PATIENCE + k):
         if len(nouns) - 1 + categories.total() == k:
             return nouns, categories
         if rng.random() < OBJECT_SHARE:
