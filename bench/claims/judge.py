@@ -3,11 +3,12 @@
     DELTALOOM_ASSETS=DIR python bench/claims/judge.py [--quick] [--seeds N] [--work DIR]
 
 LLMBar's five sets (Natural, and Adversarial's four), the pairs whose prompts fit the context of a
-story model of 487K parameters. Half of each set is learned from, a fifth chooses the learning rate
-(one seed that is none of the five), three tenths are held out, the same for every seed. Learned
-from is what `select judgements` writes, both orders of a pair; measured is `measure judge` by
-likelihood, both orders, a tie where they differ. The base is the same model untouched, asked the
-same way.
+story model of 487K parameters. Seven tenths are learned from, the others held out, the same for
+every seed; pairs about one instruction stay together. The learning rate is the one that
+`claims/sparse.py` chose for full tuning of a model of this family on other data: nothing was chosen
+here. Learned from is what `select judgements` writes, both orders of a pair; measured is `measure
+judge` by likelihood, both orders, a tie where they differ. The base is the same model untouched,
+asked the same way.
 
 **What is learned may be no more than length**: in the adversarial sets the shorter response is
 mostly the right one, by how they were made. So three judges without a model stand beside (the
@@ -39,11 +40,8 @@ from deltaloom.measure._judgements import judgements
 
 MODEL = "models/storyfam-L"
 SETS = ("Natural", *(f"Adversarial/{name}" for name in ("GPTInst", "GPTOut", "Manual", "Neighbor")))
-PARTS = ("train", "validation", "test")
-TRAIN, CHOOSE = 0.5, 0.2
-RATES = (1e-3, 3e-3)
-TUNING = {"epochs": 4, "batch_size": 16}
-SWEEP_SEED = 100
+TRAIN = 0.7
+TUNING = {"lr": 3e-3, "epochs": 3, "batch_size": 16}
 
 Row = dict[str, Any]
 
@@ -65,10 +63,9 @@ def main() -> None:
     assets = Path(os.environ["DELTALOOM_ASSETS"]).resolve()
     work = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-claims-judge-"))).resolve()
     bench = Bench(assets, work, options.quick)
-    rate = bench.chosen_rate()
     seeds = range(1 if options.quick else options.seeds)
-    tuned = [bench.tuned(rate, seed) for seed in seeds]
-    print(json.dumps({"bench": "claims-judge", "results": bench.judged(tuned, rate)}))
+    tuned = [bench.tuned(seed) for seed in seeds]
+    print(json.dumps({"bench": "claims-judge", "results": bench.judged(tuned)}))
 
 
 class Bench:
@@ -93,37 +90,30 @@ class Bench:
         prompt = request(one) + "verdict: A"
         return len(self.tokenizer(prompt)["input_ids"]) < self.limit
 
-    def chosen_rate(self) -> float:
-        """The learning rate of the most accurate judge on the validation pairs."""
-        rates = RATES[:1] if self.quick else RATES
-        found = {rate: self.tuned(rate, SWEEP_SEED, "validation").value for rate in rates}
-        print("accuracy on validation by learning rate:", found)
-        return max(found, key=found.__getitem__)
-
-    def tuned(self, rate: float, seed: int, part: str = "test") -> Estimate:
-        """A judge tuned with this seed, measured on a part."""
-        home = self.work / f"rate-{rate:g}-seed-{seed}"
-        train = self.work / "train.jsonl"
-        deltaloom.select("judgements", pool=train, out=home / "mixture", seed=seed)
+    def tuned(self, seed: int) -> Estimate:
+        """A judge tuned with this seed, measured on the held-out pairs."""
+        home = self.work / f"seed-{seed}"
+        deltaloom.select(
+            "judgements", pool=self.work / "train.jsonl", out=home / "mixture", seed=seed
+        )
         settings = {**TUNING, **({"epochs": 1} if self.quick else {})}
         deltaloom.tune(
-            "full", base=self.base, data=home / "mixture", out=home / "judge", seed=seed, lr=rate,
-            **settings,
-        )  # fmt: skip
-        return self.measured(home / "judge", home / part, part)
+            "full", base=self.base, data=home / "mixture", out=home / "judge", seed=seed, **settings
+        )
+        return self.measured(home / "judge", home / "test")
 
-    def measured(self, judge: Path | None, out: Path, part: str) -> Estimate:
+    def measured(self, judge: Path | None, out: Path) -> Estimate:
         """Agreement with people of a judge, or of the base."""
         deltas = {} if judge is None else {"deltas": [judge]}
-        task = self.work / f"{part}.jsonl"
+        task = self.work / "test.jsonl"
         (found,) = deltaloom.measure(
             "judge", base=self.base, tasks=task, out=out, **deltas
         ).values()
         return found
 
-    def judged(self, tuned: list[Estimate], rate: float) -> list[dict[str, Any]]:
+    def judged(self, tuned: list[Estimate]) -> list[dict[str, Any]]:
         """The claim, and what to hold against it."""
-        base = self.measured(None, self.work / "base", "test")
+        base = self.measured(None, self.work / "base")
         rows = {row["id"]: row for row in self.rows["test"]}
         longer = {key: len(row["output_1"]) > len(row["output_2"]) for key, row in rows.items()}
         cue = {key: float(longer[key] != (rows[key]["label"] == 1)) for key in rows}
@@ -135,7 +125,7 @@ class Bench:
         if len(tuned) < 2:
             return [*results, told("accuracy of the tuned judge", tuned[0])]
         gap = compare_seeds(tuned, [base] * len(tuned), items="random")
-        print(f"learning rate {rate:g}; tuned minus base: {gap.summary()}")
+        print(f"tuned minus base: {gap.summary()}")
         results.append(told("accuracy of tuned judges", pool_seeds(tuned, items="random")))
         for name, keep in (("shorter", 1.0), ("longer", 0.0)):
             inside = [part_of(one, [key for key in rows if cue[key] == keep]) for one in tuned]
@@ -168,17 +158,15 @@ def pairs(assets: Path, name: str) -> list[Row]:
 
 
 def parts(rows: list[Row], quick: bool) -> dict[str, list[Row]]:
-    """Each set cut into parts at random; pairs about one instruction stay together."""
-    found: dict[str, list[Row]] = {part: [] for part in PARTS}
+    """Cut into two at random; pairs about one instruction stay together."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["input"], []).append(row)
     order = sorted(groups)
     random.Random(0).shuffle(order)
-    for at, key in enumerate(order):
-        share = at / len(order)
-        part = "train" if share < TRAIN else "validation" if share < TRAIN + CHOOSE else "test"
-        found[part] += groups[key]
+    border = round(TRAIN * len(order))
+    sides = {"train": order[:border], "test": order[border:]}
+    found = {part: [row for key in keys for row in groups[key]] for part, keys in sides.items()}
     return {part: some[:24] for part, some in found.items()} if quick else found
 
 

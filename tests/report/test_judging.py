@@ -67,8 +67,8 @@ def test_tables_and_disagreements(judged):
     assert dict(found.biases)["First place wins both times"].value == "0.000"
     assert [name for name, _ in found.subsets] == ["hep-go", "hep-python", "rewardbench/reasoning"]
     assert [(model, mine.value, theirs.value) for model, mine, theirs in found.wins] == [
-        ("good", "0.67", "1.00"),
-        ("poor", "0.33", "0.00"),
+        ("good", "0.67", "1.000"),
+        ("poor", "0.33", "0.000"),
     ]
     assert (found.differing, len(found.disagreements)) == (10, 10)
     first = found.disagreements[0]
