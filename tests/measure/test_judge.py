@@ -68,6 +68,7 @@ def test_a_good_judge_agrees_in_both_orders(judged):
     with serving(by_quality) as server:
         found, report, run = judged(server, pairs())
     assert (found.value, found.n, found.missing) == (1.0, 40, 0)
+    assert "longer_wins" not in report["biases"]  # all are equally long
     assert len(server.bodies) == 80  # both orders
     assert report["agreement"]["kappa"]["value"] == 1.0
     assert report["biases"]["first"]["value"] == report["biases"]["second"]["value"] == 0.0
@@ -252,6 +253,9 @@ def test_rewardbench_files_score_out_of_the_box(judged):
     assert found.value == pytest.approx(5 / 7)
     assert report["win_rates"]["good"]["judge"]["value"] == pytest.approx(5 / 7)
     assert report["win_rates"]["poor"]["people"]["value"] == 0.0
+    # Two rejected responses are longer by a digit, and the judge took both.
+    assert report["biases"]["longer_wins"]["value"] == 1.0
+    assert report["biases"]["longer_wins_people"]["value"] == 0.0
 
 
 @pytest.mark.parametrize(

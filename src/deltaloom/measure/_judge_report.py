@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deltaloom.core.agreement import correlation, kappa, krippendorff_alpha, pabak
@@ -181,7 +182,8 @@ def corrected(rulings: Sequence[Ruling]) -> dict[str, Estimate]:
             other = rogan_gladen(judged, gold, metric=f"{name}_rogan_gladen")
             if other is not None:
                 found["rogan_gladen"] = other
-    return found
+    undecided = len(rulings) - len(decided)
+    return {key: replace(one, missing=undecided) for key, one in found.items()}
 
 
 def win_rates(rulings: Sequence[Ruling]) -> dict[str, dict[str, Estimate]]:

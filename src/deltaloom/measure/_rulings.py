@@ -212,15 +212,21 @@ def order_bias(rulings: Sequence[Ruling]) -> dict[str, Estimate]:
     }
 
 
-def longer_wins(rulings: Sequence[Ruling]) -> Estimate | None:
-    """Share of winners that are the longer response; compare it with people's own share."""
-    items = {}
+def longer_wins(rulings: Sequence[Ruling]) -> dict[str, Estimate]:
+    """Share of winners that are the longer response, of the judge's and of people's."""
+    found: dict[str, dict[str, float]] = {"longer_wins": {}, "longer_wins_people": {}}
     for one in rulings:
         lengths = [len(text) for text in one.judged.responses]
-        if one.verdict in (FIRST, SECOND) and lengths[0] != lengths[1]:
-            longer = FIRST if lengths[0] > lengths[1] else SECOND
-            items[one.judged.id] = float(one.verdict == longer)
-    return Estimate.from_items(items, metric="longer_wins") if items else None
+        if len(lengths) < 2 or lengths[0] == lengths[1]:
+            continue
+        longer = FIRST if lengths[0] > lengths[1] else SECOND
+        for name, winner in (
+            ("longer_wins", one.verdict),
+            ("longer_wins_people", one.judged.label),
+        ):
+            if winner in (FIRST, SECOND):
+                found[name][one.judged.id] = float(winner == longer)
+    return {name: Estimate.from_items(items, metric=name) for name, items in found.items() if items}
 
 
 def _padded(one: Judgement, side: str) -> Judgement:

@@ -193,7 +193,6 @@ class Judge(Measurer):
             found = probed(probe, rulings, judge, run, orders=self.orders, explain=self.explain)
             if found is not None:
                 biases[probe] = found
-        longer = longer_wins(rulings)
         report: dict[str, Any] = {
             "format": rulings[0].judged.format,
             "verdicts": dict(Counter(one.verdict for one in rulings if one.verdict is not None)),
@@ -201,7 +200,7 @@ class Judge(Measurer):
             "agreement": _plain(reports.agreement(rulings, clusters)),
             "self_agreement": _plain(reports.self_agreement(rulings)),
             "subsets": _plain(reports.by_subset(rulings)),
-            "biases": _plain({**biases, **({} if longer is None else {"longer_wins": longer})}),
+            "biases": _plain(biases | longer_wins(rulings)),
             "calibration": reports.calibration(rulings),
             "win_rates": {m: _plain(w) for m, w in reports.win_rates(rulings).items()},
             "scores": _plain(scores),

@@ -20,6 +20,7 @@ BIASES = {
     "first": "First place wins both times",
     "second": "Second place wins both times",
     "longer_wins": "Longer response wins",
+    "longer_wins_people": "Longer response wins, by people",
     "length": "Swayed by padding",
     "bandwagon": "Swayed by a majority",
     "egocentric": "Swayed by authorship",
