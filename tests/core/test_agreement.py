@@ -107,6 +107,12 @@ def test_full_agreement_claims_no_certainty():
     assert krippendorff_alpha(ratings).low == pytest.approx((low - 0.5) / 0.5)
 
 
+def test_a_rater_who_says_one_thing_only_claims_nothing():
+    found = kappa(named(["a"] * 20), named(["a", "b"] * 10))
+    assert (found.value, found.low, found.high) == (0.0, -1.0, 1.0)
+    assert Estimate.from_json(found.to_json()) == found
+
+
 def test_pabak_does_not_mind_rare_labels():
     a = [0] * 95 + [1] * 5
     b = [0] * 90 + [1] * 5 + [0] * 5

@@ -206,6 +206,9 @@ def _jackknifed(
     whole = tables.sum(0)
     left_out = np.array([statistic(whole - one) for one in sums])
     found = _summary(ids, statistic(whole), left_out, codes, clusters, metric, fisher=False)
+    if floor is None and found.stderr == 0.0:
+        # A rater who says one thing only: kappa is 0 whichever item is left out, and tells nothing.
+        return replace(found, stderr=math.inf, low=-1.0, high=1.0)
     if floor is None:
         return found
     from deltaloom.core._intervals import wilson

@@ -192,6 +192,8 @@ def _errors(pairs: Mapping[str, tuple[bool, bool]], missing: int) -> dict[str, A
                 clusters={name: name.rpartition("/")[0] for name in items},
                 missing=missing if metric == "error" else 0,
             ).to_json()
+    if len({right for _, right in pairs.values()}) < 2:
+        return found  # kappa is 0 whatever was said
     with suppress(InputError):  # too few answers, or all the same
         found["kappa"] = kappa(
             {name: said for name, (said, _) in pairs.items()},
