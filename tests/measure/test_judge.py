@@ -81,6 +81,9 @@ def test_a_judge_that_always_takes_the_first_is_found_out(judged):
         found, report, _ = judged(server, pairs())
     assert report["biases"]["first"]["value"] == 1.0
     assert set(found.items.values()) == {0.5}  # ties, whoever is the better one
+    # Bonett and Price for no discordant pair of 40, halved.
+    reach = 1.959964 * math.sqrt(2 / 42 / 42) / 2
+    assert (found.low, found.high) == pytest.approx((0.5 - reach, 0.5 + reach))
     assert report["verdicts"] == {"tie": 40}
     with serving(lambda messages, body: "[[A]]") as server:
         given, _, _ = judged(server, pairs(), orders="given")

@@ -85,6 +85,22 @@ def test_orders_and_forms(tmp_path):
     assert [turn["role"] for turn in first.messages] == ["user", "assistant"]
 
 
+def test_the_form_is_that_in_which_the_base_is_asked(tmp_path):
+    from deltaloom.core.base import Base
+    from deltaloom.lab.files import tiny_base
+
+    base = Base(model=str(tiny_base(tmp_path / "base")))
+    data = Examples([parse("p.jsonl line 1", "p", pair(0))])
+
+    def written(base):
+        with Run.open(tmp_path / f"run-{base and base.labels}", {"steps": []}, {}, 0) as run:
+            return Judgements().select(data, run, target=None, base=base).chosen[0]
+
+    assert written(None).completion == "verdict: A"
+    assert written(base).messages is not None  # the lab's tokenizer has a chat template
+    assert written(base.model_copy(update={"labels": ("A", "B")})).completion == "A"
+
+
 def test_ties_are_learned_only_where_they_may_be_said(tmp_path):
     given = [pair(0), pair(1, label="tie")]
     assert len(chosen(tmp_path, given)) == 2
@@ -120,7 +136,7 @@ def test_files_are_mixed_and_learned_from(tmp_path):
         rows = [{k: v for k, v in row(i).items() if k != "source"} for i in range(4)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     pool = [tmp_path / "llmbar.json", tmp_path / "rated.json"]
-    mixed = deltaloom.select("judgements", pool=pool, out=tmp_path / "mixture")
+    mixed = deltaloom.select("judgements", base=base, pool=pool, out=tmp_path / "mixture")
     assert mixed.sources() == {"llmbar": 8, "rated": 4}
     deltaloom.tune(
         "lora", base=base, data=tmp_path / "mixture", out=tmp_path / "judge", epochs=1, batch_size=4

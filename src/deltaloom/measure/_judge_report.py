@@ -66,12 +66,26 @@ def accuracy(rulings: Sequence[Ruling], clusters: Mapping[str, str] | None) -> E
     if not items:
         reason = next((one.failure for one in rulings if one.failure), "it stated none")
         raise InputError(f"the judge gave no verdict on {len(labelled)} rows ({reason})")
-    return Estimate.from_items(
-        items,
-        metric="judge_accuracy",
-        clusters=clusters,
-        missing=len(labelled) - len(items),
+    missing = len(labelled) - len(items)
+    return _with_halves(
+        Estimate.from_items(items, metric="judge_accuracy", clusters=clusters, missing=missing)
     )
+
+
+def _with_halves(found: Estimate) -> Estimate:
+    """Items that are 0, a half or 1 are half of one more than a paired difference of 0/1 items.
+
+    So Bonett and Price's interval fits them, which has a width where all are halves, as those of a
+    judge are that goes by the place alone.
+    """
+    from deltaloom.core._intervals import bonett_price
+
+    values = list(found.items.values())
+    if found.clusters is not None or 0.5 not in values:
+        return found
+    up, down = values.count(1.0) / found.n, values.count(0.0) / found.n
+    low, high, _ = bonett_price(up, down, found.n, found.confidence)
+    return replace(found, low=(1 + low) / 2, high=(1 + high) / 2, interval="bonett-price")
 
 
 def agreement(rulings: Sequence[Ruling], clusters: Mapping[str, str] | None) -> dict[str, Estimate]:
@@ -211,8 +225,10 @@ def by_subset(rulings: Sequence[Ruling]) -> dict[str, Estimate]:
         if one.judged.subset is not None and right(one) is not None:
             subsets.setdefault(one.judged.subset, []).append(one)
     found = {
-        name: Estimate.from_items(
-            {one.judged.id: float(right(one) or 0.0) for one in rows}, metric="judge_accuracy"
+        name: _with_halves(
+            Estimate.from_items(
+                {one.judged.id: float(right(one) or 0.0) for one in rows}, metric="judge_accuracy"
+            )
         )
         for name, rows in sorted(subsets.items())
     }

@@ -36,6 +36,8 @@ from deltaloom.measure._judgements import Judgement, columns, read_judgement, wi
 class Judgements(Selector):
     """A mixture of judgement data sets in text-to-text form."""
 
+    classifiers = True
+
     rows: Annotated[int, Field(ge=1)] | None = None
     """Judgements to keep; None keeps all that the cap leaves (FLAMe trains on a stream)."""
     cap: Annotated[int, Field(ge=1)] = 65_536
@@ -47,9 +49,10 @@ class Judgements(Selector):
     """Whether the prompts of pairwise judgements allow a tie; must be as in `measure judge`."""
     labels: list[str] = []
     """Verdicts of pointwise and classification rows; those that occur in a task when empty."""
-    form: Literal["prompt", "messages", "classes"] = "prompt"
+    form: Literal["auto", "prompt", "messages", "classes"] = "auto"
     """prompt and completion; messages, for bases with a chat template; or the bare verdict as
-    completion, for a sequence classifier whose `labels` are the verdicts."""
+    completion, for a sequence classifier whose `labels` are the verdicts. auto is what `base` is
+    asked in when it is judged, and prompt where no base is given."""
 
     def work(self, sizes: Sizes) -> Work:
         """No model is run."""
@@ -69,6 +72,7 @@ class Judgements(Selector):
         as they are, so that instructions may be mixed in. Raises InputError naming file and line
         for a judgement without a label.
         """
+        form = _form(self.form, base)
         tasks: dict[str, list[tuple[Example, Judgement]]] = {}
         for example in pool:
             one = read_judgement(example, self.labels, self.ties)
@@ -84,11 +88,11 @@ class Judgements(Selector):
                 continue
             judged = with_seen([one for _, one in found])
             for i in picked:
-                chosen += self._written(judged[i], name, rng)
+                chosen += self._written(judged[i], name, rng, form)
         run.note(judgements={name: shares[name] for name in sorted(shares)})
         return Selection(Examples(chosen, "judgements"))
 
-    def _written(self, one: Judgement, source: str, rng: random.Random) -> list[Example]:
+    def _written(self, one: Judgement, source: str, rng: random.Random, form: str) -> list[Example]:
         """The rows of one judgement."""
         if one.label is None:
             raise InputError(f"{one.where}: has no label ({columns(one.format)}); add it")
@@ -106,7 +110,7 @@ class Judgements(Selector):
         rows = []
         for swap in swaps:
             label = seen_swapped(one.label) if swap else one.label
-            answer = label if self.form == "classes" else reply(label, field)
+            answer = label if form == "classes" else reply(label, field)
             row = Example(
                 id=f"{one.id}-{'ba' if swap else 'ab'}" if one.format == "pairwise" else one.id,
                 source=source,
@@ -115,7 +119,7 @@ class Judgements(Selector):
                 completion=answer,
                 cluster=one.id,
             )
-            if self.form == "messages":
+            if form == "messages":
                 turns = (
                     {"role": "user", "content": str(row.prompt)},
                     {"role": "assistant", "content": answer},
@@ -123,6 +127,17 @@ class Judgements(Selector):
                 row = replace(row, messages=turns, prompt=None, completion=None)
             rows.append(row)
         return rows
+
+
+def _form(form: str, base: Base | None) -> str:
+    """How `measure judge` asks this base."""
+    if form != "auto":
+        return form
+    if base is None:
+        return "prompt"
+    if base.labels:
+        return "classes"
+    return "messages" if base.tokenizer().chat_template else "prompt"
 
 
 def _is_plain(example: Example, one: Judgement) -> bool:
