@@ -132,10 +132,11 @@ def test_faults_are_missing_and_prose_is_no_verdict(judged):
     with serving(answer) as server:
         asked = judgements_of(given)
         first = request(asked[0])
-        server.faults = {first: [429, 500, "truncated"], request(asked[5]): ["refusal"]}
+        server.faults = {first: [429, 500, "truncated"], request(asked[5]): ["refusal"] * 6}
         found, report, run = judged(server, given)
     assert (found.n, found.missing, found.value) == (10, 2, 1.0)
     assert server.asked[first] == 4  # asked again until it was answered
+    assert server.asked[request(asked[3])] == 3  # prose is asked again twice
     assert run.record["notes"]["m--q.failed_rows"] == 2
     assert sorted(report["failures"]) == [
         "refused: I cannot help with that",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TOP = 20
 """Likeliest first tokens asked of an endpoint, the most that OpenAI's offers."""
+AGAIN = 2
+"""Times that an answer without a verdict is asked for again. Ours, as for gradings in skillmix."""
 ONLY = "Answer with the verdict and nothing else."
 
 
@@ -147,29 +149,44 @@ class Written:
     samples: int
     temperature: float
     max_new_tokens: int
+    again: bool = False
+    """Whether the same question may get another answer, so that prose is asked about again."""
     cut: int = 0
 
     def ask(self, questions: Sequence[Question], run: Run) -> list[Opinion]:
         """Every sample of every question; a question without any verdict fails."""
         talks = [[{"role": "user", "content": one.prompt}] for one in questions]
-        replies = []
-        for sample in range(self.samples):
-            with progress("judge", len(talks)) as advance:
-                replies.append(
-                    self.chat.replies(
-                        talks,
-                        max_new_tokens=self.max_new_tokens,
-                        temperature=self.temperature,
-                        seed=run.seed + sample,
-                        on_reply=lambda *_: advance(1),
-                    )
-                )
+        replies = [self._replies(talks, run.seed + sample) for sample in range(self.samples)]
+        # A verdict that cannot be read is asked for again, where another answer may come.
+        for again in range(1, 1 + AGAIN if self.again else 1):
+            for sample, found in enumerate(replies):
+                unread = [
+                    i
+                    for i, (one, reply) in enumerate(zip(questions, found, strict=True))
+                    if reply.text is not None and one.verdicts
+                    if verdict_in(reply.text, one.verdicts) is None
+                ]
+                if unread:
+                    seed = run.seed + sample + 1000 * again
+                    new = self._replies([talks[i] for i in unread], seed)
+                    for i, reply in zip(unread, new, strict=True):
+                        found[i] = reply
         self.chat.spend(run, [one for found in replies for one in found])
         self.cut += sum(one.cut for one in replies[0])
         return [
             _heard(question, [found[i] for found in replies])
             for i, question in enumerate(questions)
         ]
+
+    def _replies(self, talks: Sequence[Any], seed: int) -> list[Any]:
+        with progress("judge", len(talks)) as advance:
+            return self.chat.replies(
+                talks,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=seed,
+                on_reply=lambda *_: advance(1),
+            )
 
 
 @dataclass

@@ -159,7 +159,7 @@ class Judge(Measurer):
         written = self.verdict == "generated" or first.format == "critique"
         if isinstance(self.judge, Endpoint):
             chat = open_chat(self.judge, run.work / f"{run.folder.name}-calls.jsonl")
-            return self._writing(chat) if written else FirstToken(chat)
+            return self._writing(chat, again=True) if written else FirstToken(chat)
         if self.judge is not None:
             self.judge.check()
             model, tokenizer = self.judge.load(), self.judge.tokenizer()
@@ -173,11 +173,12 @@ class Judge(Measurer):
         own = BaseChat(model, tokenizer, str(run.folder.name))
         return self._writing(Kept(own, run.work / f"{run.folder.name}-calls.jsonl"))
 
-    def _writing(self, chat: Chat) -> Written:
+    def _writing(self, chat: Chat, again: bool = False) -> Written:
         temperature = self.temperature
         if temperature is None:
             temperature = 0.0 if self.samples == 1 else 0.7
-        return Written(chat, self.samples, temperature, self.max_new_tokens)
+        again = again or temperature > 0
+        return Written(chat, self.samples, temperature, self.max_new_tokens, again)
 
     def _summary(
         self, rulings: Sequence[Ruling], judge: Judging, run: Run
