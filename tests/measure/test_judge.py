@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.run import Run
 from deltaloom.measure._judge_prompts import request, verdict_in
 from deltaloom.measure._judgements import judgements
+from deltaloom.measure._rulings import rule
+from deltaloom.measure._verdicts import Opinion
 from deltaloom.measure.judge import Judge
 from deltaloom.recipe.execute import run_step
 from deltaloom.recipe.steps import parse_step
@@ -235,6 +238,35 @@ def test_first_tokens_of_an_endpoint(judged):
     (row,) = report["calibration"]["bins"]
     assert row["confidence"] == pytest.approx(share)
     assert found.value == pytest.approx(sum(row["label"] == 1 for row in pairs(10)) / 10)
+
+
+class Leaning:
+    """Likes the first place by far, and the better response a little."""
+
+    cut = 0
+
+    def ask(self, questions, run):
+        found = []
+        for one in questions:
+            a, b = re.findall(r"response [AB]: quality (\d)", one.prompt)
+            first = 0.9 + (0.05 if a > b else -0.05)
+            found.append(Opinion({"A": first, "B": 1 - first}))
+        return found
+
+
+def test_averaging_the_orders_takes_out_a_leaning(run):
+    asked = judgements_of(pairs(20))
+    agreed = rule(asked, Leaning(), run, orders="both", settle="agree")
+    assert {one.verdict for one in agreed} == {"tie"}
+    mean = rule(asked, Leaning(), run, orders="both", settle="mean")
+    assert [one.verdict for one in mean] == [one.label for one in asked]
+    # As it is judged in the first order and in the second, 0.95 and 0.15, or 0.85 and 0.05.
+    assert {round(max(one.shares.values()), 9) for one in mean} == {0.55}
+    assert all(one.position == "A" for one in mean)
+    blind = Leaning()
+    blind.ask = lambda questions, run: [Opinion({"A": 0.9, "B": 0.1})] * len(questions)
+    found = rule(asked, blind, run, orders="both", settle="mean")
+    assert {one.verdict for one in found} == {"tie"}
 
 
 REWARDBENCH = [

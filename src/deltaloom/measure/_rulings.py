@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deltaloom.core.run import Run
 
 Orders = Literal["both", "random", "given"]
+Settle = Literal["agree", "mean"]
 Probe = Literal["length", "egocentric", "bandwagon", "attention"]
 PADDING = (
     "In other words, everything that was said above is meant exactly as it was said above, and "
@@ -23,6 +24,8 @@ PADDING = (
 )
 """Says nothing, three times, after a response whose length is to grow."""
 TIMES = 3
+EQUAL = 1e-9
+"""Difference of mean probabilities that rounding alone may make."""
 REMARKS: dict[Probe, str] = {
     "egocentric": "remark: response {side} was written by you.",
     "bandwagon": "remark: 90% of people believe that response {side} is better.",
@@ -41,7 +44,8 @@ class Ruling:
     shares: dict[str, float]
     """Mean probability by verdict over the orders that were answered."""
     verdict: str | None
-    """Of one order, or what both say; a tie where they differ. None where an order failed."""
+    """Of one order, what both say (a tie where they differ), or the likeliest by their mean. None
+    where an order failed."""
     opinions: tuple[Opinion, ...]
 
     @property
@@ -70,12 +74,15 @@ def rule(
     run: Run,
     *,
     orders: Orders,
+    settle: Settle = "agree",
     explain: bool = False,
     contextual: bool = False,
     remarks: Callable[[Judgement, bool], Sequence[str]] = lambda one, swapped: (),
 ) -> list[Ruling]:
     """Ask about every judgement in its order or orders, and settle.
 
+    `settle` by `agree` takes what both orders say, else a tie; by `mean` the likeliest verdict by
+    their mean probabilities (a tie where two are equal), which takes out a leaning to one place.
     `random` puts the second response first on a coin's toss (by the run's seed and the row's id),
     as RewardBench does. `contextual` divides every probability by that of the same verdict where
     the question has no content (Zhao et al. 2021, arXiv 2102.09690).
@@ -102,10 +109,10 @@ def rule(
     by_id: dict[str, list[tuple[bool, Opinion]]] = {}
     for (one, swap), opinion in zip(asked, opinions, strict=True):
         by_id.setdefault(one.id, []).append((swap, opinion))
-    return [_settled(one, by_id[one.id]) for one in found]
+    return [_settled(one, by_id[one.id], settle) for one in found]
 
 
-def _settled(one: Judgement, heard: Sequence[tuple[bool, Opinion]]) -> Ruling:
+def _settled(one: Judgement, heard: Sequence[tuple[bool, Opinion]], settle: Settle) -> Ruling:
     said, shares = [], dict.fromkeys(one.verdicts, 0.0)
     answered = sum(bool(opinion.shares) for _, opinion in heard)
     for swap, opinion in heard:
@@ -113,7 +120,13 @@ def _settled(one: Judgement, heard: Sequence[tuple[bool, Opinion]]) -> Ruling:
         said.append(None if opinion.verdict is None else turn(opinion.verdict))
         for verdict, share in opinion.shares.items():
             shares[turn(verdict)] += share / answered
-    verdict = None if None in said else said[0] if len(set(said)) == 1 else TIE
+    if None in said:
+        verdict = None
+    elif settle == "mean":
+        first, second = sorted(shares, key=shares.__getitem__)[:-3:-1]
+        verdict = first if shares[first] - shares[second] > EQUAL else TIE
+    else:
+        verdict = said[0] if len(set(said)) == 1 else TIE
     opinions = tuple(opinion for _, opinion in heard)
     return Ruling(one, tuple(said), shares if answered else {}, verdict, opinions)
 
@@ -159,6 +172,7 @@ def probed(
     run: Run,
     *,
     orders: Orders,
+    settle: Settle,
     explain: bool,
 ) -> Estimate | None:
     """How often a perturbation that should not matter turns a lost response into the winner.
@@ -183,7 +197,7 @@ def probed(
         side = losers[one.id]
         return (REMARKS[probe].format(side=seen_swapped(side) if swapped else side),)
 
-    again = rule(rows, judge, run, orders=orders, explain=explain, remarks=remarks)
+    again = rule(rows, judge, run, orders=orders, settle=settle, explain=explain, remarks=remarks)
     items = {
         one.judged.id: float(one.verdict == losers[one.judged.id])
         for one in again

@@ -7,11 +7,12 @@ CoBBLEr's (Koo et al. 2023, arXiv 2309.17012); position is swapped as in MT-Benc
 2301.09633, see `core/corrected.py`).
 
 Formula: by likelihood the verdict is `argmax_v log p("verdict: v" | prompt)`, with probabilities
-the softmax over the verdicts v; a pairwise row is asked in both orders and its verdict is what both
-say, else a tie. An item is 1 where the verdict is people's, a half where one of the two is a tie,
-0 otherwise; a row without a verdict is counted in `missing`, never as 0. A sequence classifier
-whose `labels` are the verdicts (`[A,B]`) is a judge too. Critiques are written, and an item is the
-F1 of their words with people's critique (SQuAD's).
+the softmax over the verdicts v. A pairwise row is asked in both orders; by likelihood the two
+probabilities are averaged, a written verdict must be the same in both, else it is a tie. An item is
+1 where the verdict is people's, a half where one of the two is a tie, 0 otherwise; a row without a
+verdict is counted in `missing`, never as 0. A sequence classifier whose `labels` are the verdicts
+(`[A,B]`) is a judge too. Critiques are written, and an item is the F1 of their words with people's
+critique (SQuAD's).
 
 `unlabelled: correct` takes files of which only some rows, drawn at random, have a label: all are
 judged, and the value is the share of first responses that win (the mean score, the share of the
@@ -53,7 +54,16 @@ from deltaloom.measure._classes import classes_of
 from deltaloom.measure._items import length_limit, note, require_rows
 from deltaloom.measure._judge_prompts import critique_in
 from deltaloom.measure._judgements import Judgement, judgements
-from deltaloom.measure._rulings import Orders, Probe, Ruling, longer_wins, order_bias, probed, rule
+from deltaloom.measure._rulings import (
+    Orders,
+    Probe,
+    Ruling,
+    Settle,
+    longer_wins,
+    order_bias,
+    probed,
+    rule,
+)
 from deltaloom.measure._verdicts import Classes, FirstToken, Judging, Likelihood, Written
 from deltaloom.measure.answer import normalised
 
@@ -74,6 +84,10 @@ class Judge(Measurer):
     orders: Orders = "both"
     """Orders in which two responses are shown: both (MT-Bench), one at random (RewardBench), or as
     they are given."""
+    settle: Literal["auto", "agree", "mean"] = "auto"
+    """What two orders come to: the verdict that both say, else a tie (MT-Bench), or the likeliest
+    after averaging their probabilities (as AlpacaEval weighs preferences by likelihood). auto is
+    mean by likelihood and agree for written verdicts."""
     ties: bool = False
     """Whether a judge of two responses may say tie (MT-Bench's C)."""
     labels: list[str] = []
@@ -119,6 +133,12 @@ class Judge(Measurer):
             return None
         return self.judge.model if isinstance(self.judge, Endpoint) else Path(self.judge.model).name
 
+    @property
+    def _settle(self) -> Settle:
+        if self.settle == "auto":
+            return "mean" if self.verdict == "likelihood" else "agree"
+        return self.settle
+
     def work(self, sizes: Sizes) -> Work:
         """Every row in its orders, with each verdict or what is written, and once more a probe."""
         times = (2 if self.orders == "both" else 1) * (1 + len(self.probes))
@@ -141,6 +161,7 @@ class Judge(Measurer):
             judge,
             run,
             orders=self.orders,
+            settle=self._settle,
             explain=self.explain,
             contextual=self.contextual and self.verdict == "likelihood",
         )
@@ -191,7 +212,15 @@ class Judge(Measurer):
         scores = reports.corrected(rulings)
         biases = order_bias(rulings)
         for probe in self.probes if rulings[0].judged.format == "pairwise" else ():
-            found = probed(probe, rulings, judge, run, orders=self.orders, explain=self.explain)
+            found = probed(
+                probe,
+                rulings,
+                judge,
+                run,
+                orders=self.orders,
+                settle=self._settle,
+                explain=self.explain,
+            )
             if found is not None:
                 biases[probe] = found
         report: dict[str, Any] = {
