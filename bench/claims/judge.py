@@ -7,8 +7,8 @@ story model of 487K parameters. Seven tenths are learned from, the others held o
 every seed; pairs about one instruction stay together. The learning rate is the one that
 `claims/sparse.py` chose for full tuning of a model of this family on other data: nothing was chosen
 here. Learned from is what `select judgements` writes, both orders of a pair; measured is `measure
-judge` by likelihood, both orders, a tie where they differ. The base is the same model untouched,
-asked the same way.
+judge` by likelihood, the two orders averaged. The base is the same model untouched, asked the same
+way.
 
 **What is learned may be no more than length**: in the adversarial sets the shorter response is
 mostly the right one, by how they were made. So three judges without a model stand beside (the
