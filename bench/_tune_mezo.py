@@ -101,13 +101,12 @@ class Official:
     def __init__(self, model: Any, data: list[Encoded]) -> None:
         self.model, self.count = model, 0
         self.named = [p for _, p in model.named_parameters()]
-        self.ids = torch.tensor([one.input_ids for one in data])
+        self.ids = torch.tensor([one.input_ids for one in data], device=model.device)
 
     def perturb(self, seed: int, share: float) -> None:
         torch.manual_seed(seed)
         for parameter in self.named:
-            z = torch.normal(mean=0, std=1, size=parameter.size(), dtype=parameter.dtype)
-            parameter.data = parameter.data + share * z * 1e-3
+            parameter.data = parameter.data + share * normal(parameter) * 1e-3
 
     def loss(self) -> float:
         with torch.inference_mode():
@@ -123,13 +122,17 @@ class Official:
         projected = (plus - minus) / 2e-3
         torch.manual_seed(seed)
         for parameter in self.named:
-            z = torch.normal(mean=0, std=1, size=parameter.size(), dtype=parameter.dtype)
-            parameter.data = parameter.data - 1e-9 * (projected * z)
+            parameter.data = parameter.data - 1e-9 * (projected * normal(parameter))
+
+
+def normal(like: torch.Tensor) -> torch.Tensor:
+    """What the published loop draws."""
+    return torch.normal(mean=0, std=1, size=like.size(), dtype=like.dtype, device=like.device)
 
 
 def inference(model: Any, data: list[Encoded], labels: bool) -> Callable[[], None]:
     """One plain forward pass, with or without its loss."""
-    ids = torch.tensor([one.input_ids for one in data])
+    ids = torch.tensor([one.input_ids for one in data], device=model.device)
     named = {"labels": ids} if labels else {}
 
     def forward() -> None:

@@ -113,7 +113,7 @@ def stepper(model: Any, method: str) -> Callable[[Any], Callable[[], None]]:
     optimizer = torch.optim.AdamW(trained, lr=1e-9)
 
     def on(data: Any) -> Callable[[], None]:
-        ids = torch.tensor([one.input_ids for one in data])
+        ids = torch.tensor([one.input_ids for one in data], device=model.device)
 
         def step() -> None:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
