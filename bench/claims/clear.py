@@ -95,7 +95,7 @@ def planned(options: argparse.Namespace, seeds: list[int]) -> dict[str, tuple[st
     cells.sort(key=lambda cell: order.index(cell[1]))
     for data, noise in cells:
         for seed in seeds:
-            for arm in arms(noise, options.quick):
+            for arm in arms(noise, options):
                 needs = () if data == "lab" else sweep
                 found[f"{data}; {noise}; {arm}; {seed}"] = needs
     return found
@@ -107,12 +107,12 @@ def wanted(options: argparse.Namespace, noise: str) -> bool:
     return not options.quick or noise in ("symmetric 40 %", FOUND)
 
 
-def arms(noise: str, quick: bool) -> list[str]:
-    """The arms to run under a noise."""
-    found = ["LoRA", "CleaR"] if quick else list(ARMS)
+def arms(noise: str, options: argparse.Namespace) -> list[str]:
+    """The arms under a noise; to run cleanlab takes cleanlab."""
+    found = ["LoRA", "CleaR"] if options.quick else list(ARMS)
     if noise == "none":
         found = [one for one in found if one != "oracle"]  # it is LoRA
-    if importlib.util.find_spec("cleanlab") is None:
+    if not options.done and importlib.util.find_spec("cleanlab") is None:
         found = [one for one in found if one != "cleanlab"]
     return found
 
