@@ -94,7 +94,7 @@ def adapter_in(folder, base, seed=0, scale=0.3, **config):
 
 
 def logits(model):
-    """What the model says to a fixed batch, (2, 5, V)."""
+    """What the model says to a fixed batch, (2, 5, V), on the CPU."""
     ids = torch.tensor([[1, 4, 7, 9, 11], [1, 20, 3, 5, 22]])
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        return model(input_ids=ids.to(next(model.parameters()).device)).logits.cpu()

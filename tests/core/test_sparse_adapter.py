@@ -204,8 +204,9 @@ def test_every_loader_knows_it(llama, tmp_path):
     model = given(llama.load(), seed=3)
     model.save_pretrained(tmp_path)
     wanted = logits(model)
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), wanted)
-    plain = AutoModelForCausalLM.from_pretrained(llama.model)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded.to(model.device)), wanted)
+    plain = AutoModelForCausalLM.from_pretrained(llama.model).to(model.device)
     plain.load_adapter(tmp_path)
     assert torch.equal(logits(plain), wanted)
     second = given(llama.load(), seed=9)
@@ -288,7 +289,7 @@ def test_mixed_with_lora(llama, adapter, tmp_path, order):
     change = load(folders["lora"], llama)
     with torch.no_grad():
         for name in change.names():
-            wanted.state_dict()[name] += change.to_dense(name)
+            wanted.state_dict()[name] += change.to_dense(name).to(wanted.device)
     close(logits(mixed), logits(wanted))
     mixed.set_adapter("sparse")
     close(logits(mixed), logits(sparse))
@@ -300,7 +301,7 @@ def test_mixed_with_lora_trains_both(llama):
     mixed = get_peft_model(llama.load(), SparseConfig(**SETTINGS), mixed=True)
     mixed.add_adapter("lora", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     mixed.set_adapter(["default", "lora"])
-    ids = torch.tensor([[1, 4, 7, 9, 11]])
+    ids = torch.tensor([[1, 4, 7, 9, 11]]).to(mixed.device)
     mixed(input_ids=ids, labels=ids).loss.backward()
     moved = [n for n, p in mixed.named_parameters() if p.grad is not None and p.grad.any()]
     kinds = {kind for kind in ("sparse_values", "lora_A", "lora_B") for n in moved if kind in n}

@@ -128,7 +128,7 @@ def test_one_sign_after_the_other_and_small_batches_change_nothing(monkeypatch):
         wanted = ResponseLoss(model, data, 0)(moved, range(3))
         small = ResponseLoss(model, data, 0, micro_batch=2)(moved, range(3))
         monkeypatch.setattr(response_loss, "TOGETHER", {"cpu": 1, "other": 1})
-        monkeypatch.setattr(response_loss, "LOGITS_PER_BLOCK", 150)
+        monkeypatch.setattr(response_loss, "LOGITS_PER_BLOCK", {"cpu": 150, "other": 150})
         apart = ResponseLoss(model, data, 0)(moved, range(3))
     assert small == pytest.approx(wanted, rel=1e-12)
     assert apart == pytest.approx(wanted, rel=1e-12)

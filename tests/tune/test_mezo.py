@@ -87,10 +87,12 @@ def test_adapters_are_pefts_and_replay_to_the_bit(home, tmp_path, kind):
     assert delta.kind == {"lora": "lowrank", "prefix": "prompt"}[kind]
     steps = Steps.load(tmp_path / "out" / STORED)
     stored = load_file(tmp_path / "out" / STORED)
-    weights = {n: stored[START + n].clone() for n in steps.parameters}
+    base = Base(model=str(home / "base"))
+    place = base.resolved_device()  # the bits are those of the device that made the run
+    weights = {n: stored[START + n].to(place, copy=True) for n in steps.parameters}
     start = {name: value.clone() for name, value in weights.items()}
     steps.replay(weights)
-    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors", device=place)
     if kind == "lora":
         named = {n.replace(".default", ""): value for n, value in weights.items()}
         assert named.keys() == adapter.keys()
@@ -100,8 +102,7 @@ def test_adapters_are_pefts_and_replay_to_the_bit(home, tmp_path, kind):
     assert all(torch.equal(named[name], value) for name, value in adapter.items())
     assert any(not torch.equal(start[name], value) for name, value in weights.items())
 
-    base = Base(model=str(home / "base"))
-    ids = torch.tensor([[1, 5, 6, 8, 17, 14, 2]])
+    ids = torch.tensor([[1, 5, 6, 8, 17, 14, 2]]).to(place)
     peft = PeftModel.from_pretrained(base.load(), tmp_path / "out").eval()
     with torch.no_grad():
         wanted = peft(ids).logits

@@ -46,7 +46,7 @@ def tuned(home, method, out, base="base", **settings):
 
 
 def weights(model):
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
 
 
 def files(folder):
@@ -62,9 +62,10 @@ def test_spiel_gives_an_adapter_that_peft_loads(home, base, tmp_path, growth):
     assert isinstance(delta, Sparse)
     model = PeftModel.from_pretrained(base.load(), tmp_path / "out").eval()
     plain = delta.apply(base).eval()
+    ids = IDS.to(plain.device)
     with torch.no_grad():
-        assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-5)
-        assert not torch.allclose(plain(IDS).logits, base.load()(IDS).logits, atol=1e-3)
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
+        assert not torch.allclose(plain(ids).logits, base.load()(ids).logits, atol=1e-3)
     counts = {name: len(own.indices) for name, own in delta.elements.items()}
     assert counts == {name: int(0.1 * np.prod(own.shape)) for name, own in delta.elements.items()}
     exchanged = Run.read(tmp_path / "out")["notes"]["exchanged"]
@@ -233,8 +234,8 @@ def test_other_supports_are_what_they_say(home, base, tmp_path):
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     for start in range(0, len(rows), 8):
         batch = train.collate([rows[i] for i in order[start : start + 8]], 0)
-        model(**batch).loss.backward()
-    gradients = {n: p.grad.abs() for n, p in model.named_parameters() if "_proj" in n}
+        model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
+    gradients = {n: p.grad.abs().cpu() for n, p in model.named_parameters() if "_proj" in n}
     check(found["gradient"], gradients)
 
     counts = {name: len(e.indices) for name, e in found["random"].elements.items()}

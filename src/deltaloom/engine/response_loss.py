@@ -24,8 +24,8 @@ from deltaloom.engine.train import collate
 TOGETHER = {"cpu": 512, "other": 8192}
 """Padded tokens of a batch up to which both signs run as one. Ours, measured on CPUs: at 1,024
 tokens two passes of one sign take the same time and less memory."""
-LOGITS_PER_BLOCK = 2**22
-"""Logits held at once, 16 MiB in float32. Ours."""
+LOGITS_PER_BLOCK = {"cpu": 2**21, "other": 2**22}
+"""Logits made at once, 8 and 16 MiB in float32, and as much again for their loss. Ours."""
 PROBED = 8
 """Tokens of the row on which the output layer is checked."""
 
@@ -39,7 +39,8 @@ class ResponseLoss:
         self.model, self.rows, self.pad_id = model, rows, pad_id
         self.micro_batch = micro_batch
         self.device = device_of(model)
-        self.together = TOGETHER["cpu" if self.device.type == "cpu" else "other"]
+        kind = "cpu" if self.device.type == "cpu" else "other"
+        self.together, self.logits = TOGETHER[kind], LOGITS_PER_BLOCK[kind]
         self.head = model.get_output_embeddings()
         self._last: bool | None = None
 
@@ -114,7 +115,7 @@ class ResponseLoss:
         picked, targets = states[:, :-1][at], wanted[at]  # (n, d), (n,)
         size = max(1, len(picked))
         if self._last and not moved.is_swapped(self.head):
-            size = max(1, LOGITS_PER_BLOCK // self.head.weight.shape[0])
+            size = max(1, self.logits // self.head.weight.shape[0])
         total = 0.0
         for part, target in zip(picked.split(size), targets.split(size), strict=True):
             logits = self.head(part) if self._last else part

@@ -22,6 +22,7 @@ from deltaloom.core.method import Evaluation
 from deltaloom.core.run import Run
 from deltaloom.engine._checkpoints import Whole, checkpoints, last_whole, step_of
 from deltaloom.engine._watching import EarlyStop, Ledger
+from deltaloom.engine.forward import device_of
 from deltaloom.engine.objective import BeforeEpoch, Objective
 
 
@@ -100,7 +101,9 @@ def fit(
     batches = math.ceil(len(rows) / settings.batch_size)
     total = math.ceil(batches * settings.epochs)
     every = batches if settings.save_steps == 0 else settings.save_steps or math.ceil(total / 10)
-    arguments = TrainingArguments(**training_arguments(settings, home, total, every, run.seed))
+    device = device_of(model).type
+    given = training_arguments(settings, home, total, every, run.seed, device)
+    arguments = on_one_device(TrainingArguments(**given))
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -229,9 +232,12 @@ class _Trainer(Whole, Trainer):
 
 
 def training_arguments(
-    settings: TrainSettings, home: Path, total: int, every: int, seed: int
+    settings: TrainSettings, home: Path, total: int, every: int, seed: int, device: str
 ) -> dict[str, Any]:
-    """Of `transformers.TrainingArguments`, for `total` steps with a checkpoint `every` so many."""
+    """Of `transformers.TrainingArguments`, for `total` steps with a checkpoint `every` so many.
+
+    `device` is the model's; the Trainer takes a GPU where it sees one unless it is told not to.
+    """
     micro = settings.micro_batch or settings.batch_size
     # A logged loss is the mean since the last one: windows must not reach over a checkpoint.
     window = max(n for n in range(1, max(1, total // 100) + 1) if every % n == 0)
@@ -260,6 +266,13 @@ def training_arguments(
         "remove_unused_columns": False,
         "seed": seed,
         "data_seed": seed,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": device != "cpu" and torch.cuda.is_available(),
+        "use_cpu": device == "cpu",
     }
+
+
+def on_one_device(arguments: Any) -> Any:
+    """The same; the Trainer would copy a model to all GPUs and give each a batch of its own."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments

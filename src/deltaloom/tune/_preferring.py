@@ -15,7 +15,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.progress import say
 from deltaloom.engine._checkpoints import Whole, last_whole, step_of
 from deltaloom.engine._watching import EarlyStop, Ledger
-from deltaloom.engine.train import TrainSettings, training_arguments
+from deltaloom.engine.train import TrainSettings, on_one_device, training_arguments
 from deltaloom.tune._preferences import Judged, Pair, Text, unpaired
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def _trainer(
     run.rewind(step_of(last))
     total = math.ceil(math.ceil(len(rows) / settings.batch_size) * settings.epochs)
     every = settings.save_steps or math.ceil(total / 10)
-    given = training_arguments(settings, home, total, every, run.seed)
+    device = base.resolved_device()
+    given = training_arguments(settings, home, total, every, run.seed, device)
     # These rows are TRL's to tokenise: its columns are dropped by it, and checkpointing has its
     # own default there.
     given |= {
@@ -136,7 +137,7 @@ def _trainer(
     with _quiet(datasets):
         trainer = kind(
             model=base.load(dtype=dtype) if dtype else base.load(),
-            args=arguments,
+            args=on_one_device(arguments),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             **how,

@@ -41,7 +41,8 @@ def split(indices: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
     """Rising indices into the weights laid end to end, as indices of each."""
     found, start = {}, 0
     for name, size in sizes.items():
-        first, last = torch.searchsorted(indices, torch.tensor([start, start + size])).tolist()
+        ends = torch.tensor([start, start + size], device=indices.device)
+        first, last = torch.searchsorted(indices, ends).tolist()
         found[name] = indices[first:last] - start
         start += size
     return found
@@ -93,7 +94,7 @@ def overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Elements that both supports have over elements that either has (Jaccard)."""
     both = total = 0
     for name in {*one, *other}:
-        a, b = (s.get(name, torch.empty(0, dtype=torch.int64)) for s in (one, other))
+        a, b = (s.get(name, torch.empty(0, dtype=torch.int64)).cpu() for s in (one, other))
         shared = int(torch.isin(a, b).sum())
         both, total = both + shared, total + len(a) + len(b) - shared
     return both / total if total else math.nan

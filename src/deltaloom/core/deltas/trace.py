@@ -3,7 +3,8 @@
 A run of T steps is (rule, start, g_1..g_T, lr_1..lr_T): 8 bytes a step with one perturbation,
 whatever the model's size (Malladi et al. 2023, section 2.1, note it for storage). The replay is the
 run's own arithmetic without its forward passes, tensor by tensor, so it ends in the same bits on
-the same machine; elsewhere it may differ by rounding. Its time is that of the run's updates.
+the same machine and device; elsewhere it may differ by rounding, also where a tensor is asked for
+(`to_dense` and merges replay on the CPU) of a run on a GPU. Its time is that of the run's updates.
 
 A trace stays one under `1 * trace`; every other arithmetic gives a dense delta that replays when a
 tensor is asked for. On disk: `trace.safetensors` with `scalars` (T, q) and `lr` (T,), float32, and
