@@ -5,8 +5,8 @@
 
 Sentences of at most 20 words of Subj (reviews or plots), asked as "SENTENCE It was a" and answered
 " good" (of a review) or " story"; accuracy is over these two choices, the model TinyStories-656K.
-Each arm's learning rate is the one of least mean validation loss among those listed here, on two
-training sets that are none of the seeds'; then five training sets of 1,000 rows, one test set.
+Each arm's learning rate is the one of least validation loss among those listed here, on a training
+set that is none of the seeds'; then five training sets of 1,000 rows, one test set.
 All arms minimise the same loss on the same rows with a rate that falls linearly; MeZO's take 4,000
 steps and the gradient arms 3 epochs. Intervals are Student's t over seeds, and differences are
 paired by seed. Runs on the CPU, one thread a process.
@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,15 @@ GRADIENT = {"epochs": 3, "batch_size": 16}
 MEZO = {"steps": 4000, "batch_size": 16, "eps": 1e-3, "schedule": "linear"}
 RATES = (1e-4, 2e-4, 4e-4)
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "MeZO Gaussian": ("mezo", {**MEZO, "direction": "gaussian"}, RATES),
-    "MeZO Rademacher": ("mezo", {**MEZO, "direction": "rademacher"}, RATES),
-    "MeZO low-rank": ("mezo", {**MEZO, "direction": "lowrank"}, RATES),
-    "LoRA": ("lora", GRADIENT, (3e-3, 1e-2, 3e-2)),
     "full tuning": ("full", GRADIENT, (1e-3, 3e-3, 1e-2)),
+    "LoRA": ("lora", GRADIENT, (3e-3, 1e-2, 3e-2)),
+    "MeZO Gaussian": ("mezo", {**MEZO, "direction": "gaussian"}, RATES),
+    "MeZO low-rank": ("mezo", {**MEZO, "direction": "lowrank"}, RATES),
+    "MeZO Rademacher": ("mezo", {**MEZO, "direction": "rademacher"}, RATES),
 }
 """Arm -> method, settings, learning rates to choose from."""
-SWEEP_SEEDS = (100, 101)
-"""Training sets for the learning rates; MeZO diverges on one set at a rate that suits another."""
+SWEEP_SEEDS = (100,)
+"""Training sets for the learning rates."""
 
 
 def main() -> None:
@@ -71,10 +72,10 @@ def main() -> None:
     home = (options.work or Path(tempfile.mkdtemp(prefix="claims-mezo-"))).resolve()
     seeds = range(1 if options.quick else options.seeds)
     sweeps = {arm: [] if options.quick else tried(arm) for arm in ARMS}
-    waits: dict[str, tuple[str, ...]] = {name: () for arm in ARMS for name in sweeps[arm]}
+    waits: dict[str, tuple[str, ...]] = {"base": ()}
     for arm in ARMS:
+        waits |= dict.fromkeys(sweeps[arm], ())
         waits |= {f"{arm}; {seed}": tuple(sweeps[arm]) for seed in seeds}
-    waits["base"] = ()
     units = Units(home / "units", waits)
     if not options.done:
         units.run(partial(unit, home, options.quick), options.workers)
@@ -190,7 +191,10 @@ def judged(units: Units, seeds: range, quick: bool) -> list[dict[str, Any]]:
             found[arm] = own
     print("| arm | validation loss by learning rate |\n|---|---|")
     for arm in () if quick else ARMS:
-        losses = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in swept(units, arm).items())
+        losses = ", ".join(
+            f"{lr:g}: {loss:.3f}" if isfinite(loss) else f"{lr:g}: not run"
+            for lr, loss in swept(units, arm).items()
+        )
         print(f"| {arm} | {losses} |")
     print("\n| arm | accuracy | loss | lr | CPU s | accuracy by seed |\n|---|---|---|---|---|---|")
     for arm, own in found.items():
