@@ -37,6 +37,7 @@ RUNS = [
             {"tuned": "prefix"},
         )
     ),
+    ("tune", "prefer", SHORT),
     ("tune", "prompt", {**SHORT, "form": "prefix"}),
     *(
         ("tune", "spiel", {**SHORT, "growth": kind, "reselect": 1, "accumulate": 1})
@@ -67,15 +68,18 @@ def away(monkeypatch):
     load, loaded = Base.load, []
 
     def loading(self, *args, **kwargs):
-        model = moved(load(self, *args, **kwargs))
+        with monkeypatch.context() as patch:
+            patch.setattr(Base, "resolved_device", lambda self: "cpu")
+            model = moved(load(self, *args, **kwargs))
         loaded.append(model)
         return model
 
     monkeypatch.setattr(Base, "load", loading)
-    monkeypatch.setattr(Base, "resolved_device", lambda self: "cpu")
+    monkeypatch.setattr(Base, "resolved_device", lambda self: HERE.type)
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [HERE.type])
     # What only real accelerators have: autocast (off here) and generators of their own.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     make = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": make())
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(HERE))
@@ -95,7 +99,7 @@ def few(given, home):
 
 
 def cut(file, home):
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     lines = file.read_text().splitlines(keepends=True)[:ROWS]
     (home / file.name).write_text("".join(lines))
     return str(home / file.name)
@@ -110,8 +114,8 @@ def named(run):
 @pytest.mark.parametrize("run", RUNS, ids=named)
 def test_it_runs(away, run, tmp_path, monkeypatch):
     verb, name, settings = run
-    given = few(testing.inputs(verb), tmp_path)
-    monkeypatch.setattr(testing, "inputs", lambda verb: given)
+    inputs = testing.inputs
+    monkeypatch.setattr(testing, "inputs", lambda verb: few(inputs(verb), tmp_path))
     testing.run(testing.entry(verb, name), tmp_path / "out", **settings)
     assert away
     assert all(isinstance(p, Away) for model in away for p in model.parameters())
