@@ -90,6 +90,7 @@ def one_seed(home: Path, seed: int, quick: bool) -> Found:
         epoch = sum(counts.values()) if mixture is None else size(counts, mixture)
         deltaloom.tune("lora", **shared, **data, epochs=rows / epoch, out=outs[-1], **TUNE)
         found["tokens", arm] = Run.read(outs[-1])["cost"]["forward_tokens"]
+        found["flops", arm] = Run.read(outs[-1])["cost"]["flops"]
     asked = [lab[f"test-{name}"] for name in tasks.TARGETS]
     deltas = ["base", *(str(out) for out in outs)]
     folder = home / "asked"
@@ -98,7 +99,8 @@ def one_seed(home: Path, seed: int, quick: bool) -> Found:
         for name, test in zip(tasks.TARGETS, asked, strict=True):
             text = (folder / f"{label}--{test.stem}" / "estimate.json").read_text()
             found[arm, name] = Estimate.from_json(text).value
-    found["tokens", "tail-patch"] = Run.read(patched)["cost"]["forward_tokens"]
+    for unit, key in (("tokens", "forward_tokens"), ("flops", "flops")):
+        found[unit, "tail-patch"] = Run.read(patched)["cost"][key]
     for source, own in effects.items():
         found["bundles", "weight", source] = weights.weights[source]
         found["exponential", "weight", source] = ours[source] / sum(ours.values())
@@ -132,16 +134,17 @@ def shown(values: list[float], sign: str = "", places: int = 3) -> str:
     return f"{one.value:{sign}.{places}f} [{one.low:{sign}.{places}f}, {one.high:{sign}.{places}f}]"
 
 
-def recovered(seed: Found, kind: str) -> float:
-    """Share of the known (source, target) signs that effects or ratings have right."""
-    known = [(s, n, 1) for s in HELPFUL for n in tasks.TARGETS]
-    known += [(s, n, -1) for s in HARMFUL for n in tasks.TARGETS]
+def recovered(seed: Found, kind: str, turned: int = 1) -> float:
+    """Share of the known (source, target) signs that effects or ratings have right, or with
+    `turned` -1 the wrong way round."""
+    known = [(s, n, turned) for s in HELPFUL for n in tasks.TARGETS]
+    known += [(s, n, -turned) for s in HARMFUL for n in tasks.TARGETS]
     return sum(seed[kind, s, n] * sign > 0 for s, n, sign in known) / len(known)
 
 
-def cost(seed: Found) -> float:
-    """Tokens of tail-patch per token of the run whose mixture it sets."""
-    return seed["tokens", "tail-patch"] / seed["tokens", "proportional"]
+def cost(seed: Found, unit: str = "tokens") -> float:
+    """Of tail-patch, for one of the run whose mixture it sets."""
+    return seed[unit, "tail-patch"] / seed[unit, "proportional"]
 
 
 def tables(found: list[Found]) -> str:
@@ -173,10 +176,11 @@ def tables(found: list[Found]) -> str:
         lines.append(f"| {source} | {effects} | {ratings} | {shares} |")
     spent = [seed["tokens", "tail-patch"] for seed in found]
     part = shown([100 * cost(s) for s in found], places=1)
+    work = shown([100 * cost(s, "flops") for s in found], places=1)
     lines += [
         "",
         f"Tail-patch: {min(spent):,.0f} to {max(spent):,.0f} tokens, {part} % of the proportional "
-        "run's.",
+        f"run's; {work} % of its estimated FLOPs.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -195,6 +199,9 @@ def judged(found: list[Found]) -> list[dict]:
         share = sum(recovered(seed, kind) for seed in found) / len(found)
         unit = f"share right of {known} pairs of source and target, {count}"
         add(f"{label} of the helpful and harmful sources", share, "= 1", share == 1, unit)
+    wrong = sum(recovered(seed, "rating", -1) for seed in found) / len(found)
+    unit = f"share of {known} pairs of source and target, {count}"
+    add("ratings that say the contrary", wrong, "= 0", wrong == 0, unit)
     for one, other in COMPARED[:2]:
         gain = over_seeds([over_targets(s, one) - over_targets(s, other) for s in found])
         end = gain.value if len(found) == 1 else gain.low  # of one seed there is no interval
@@ -202,6 +209,9 @@ def judged(found: list[Found]) -> list[dict]:
         add(f"{one} - {other}", end, "> 0", end > 0, unit)
     most = max(cost(seed) for seed in found)
     what = "tail-patch's tokens per token of the run it serves"
+    add(what, most, "<= 0.10", most <= 0.1, f"largest of {count}")
+    most = max(cost(seed, "flops") for seed in found)
+    what = "tail-patch's FLOPs per FLOP of the run it serves"
     add(what, most, "<= 0.10", most <= 0.1, f"largest of {count}")
     return results
 
