@@ -45,6 +45,15 @@ def test_a_law_finds_the_law_that_made_the_losses(kind, made_by, shares):
     assert law.gradient(w) == pytest.approx(numeric, rel=1e-4, abs=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["power", "loglinear"])
+def test_losses_that_hardly_differ_are_fitted_without_overflow(kind):
+    rng = np.random.default_rng(4)
+    shares, losses = rng.dirichlet(np.ones(12), 32), 4.0 + 1e-3 * rng.normal(size=32)
+    law = _laws.fit(kind, shares, losses, 0)
+    assert np.isfinite(law.predict(shares)).all()
+    assert np.abs(law.predict(shares) - losses).max() < 0.01
+
+
 def grid(caps, parts=200):
     points = [
         (a / parts, b / parts, 1 - (a + b) / parts)

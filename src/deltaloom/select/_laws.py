@@ -146,12 +146,15 @@ def _power(shares: Array, losses: Array, seed: int) -> Power:
     low = max(float(y.min()), 1e-9)
 
     def parts(p: Array) -> tuple[float, float, Array, float]:
-        # The floor lies between 0 and the least loss seen.
-        return low / (1 + np.exp(-p[0])), np.exp(p[1]), np.exp(p[2 : 2 + k]), np.exp(p[2 + k])
+        # The floor lies between 0 and the least loss seen. A solver may try any size of step.
+        q = np.clip(p, -30, 30)
+        exponent = np.exp(min(q[1], 3.0))
+        return low / (1 + np.exp(-q[0])), exponent, np.exp(q[2 : 2 + k]), np.exp(q[2 + k])
 
     def off(p: Array) -> Array:
         floor, exponent, worth, constant = parts(p)
-        predicted = floor + (shares @ worth + constant) ** -exponent
+        size = -exponent * np.log(shares @ worth + constant)
+        predicted = floor + np.exp(np.clip(size, -50, 50))
         middle = p[2:] - p[2:].mean()
         return np.concatenate([predicted - y, HOLD * middle, HOLD * np.array([p[0], p[1] + 0.7])])
 
@@ -170,7 +173,8 @@ def _loglinear(shares: Array, losses: Array, seed: int) -> LogLinear:
     low = max(float(y.min()), 1e-9)
 
     def off(p: Array) -> Array:
-        predicted = low / (1 + np.exp(-p[0])) + np.exp(np.clip(p[1] + shares @ p[2:], -50, 50))
+        floor = low / (1 + np.exp(-np.clip(p[0], -30, 30)))
+        predicted = floor + np.exp(np.clip(p[1] + shares @ p[2:], -50, 50))
         return np.concatenate([predicted - y, HOLD * p[2:], [HOLD * p[0]]])
 
     height = np.log(max(y.mean() / 2, 1e-9))
@@ -179,7 +183,8 @@ def _loglinear(shares: Array, losses: Array, seed: int) -> LogLinear:
         for one in np.random.default_rng(seed).normal(size=(STARTS, k + 2))
     ]
     p = _least(off, begins)
-    return LogLinear(float(low / (1 + np.exp(-p[0]))), float(p[1]), p[2:], scale)
+    floor = low / (1 + np.exp(-np.clip(p[0], -30, 30)))
+    return LogLinear(float(floor), float(p[1]), p[2:], scale)
 
 
 def _trees(shares: Array, losses: Array, seed: int) -> Trees:
