@@ -129,9 +129,9 @@ def run(method: Entry, out: Path, **settings: Any) -> None:
 
     given = inputs(method.verb)
     cls = method.load()
-    if method.verb == "merge":
-        looked_at = cls.needs | cls.uses
-        given = {key: value for key, value in given.items() if key in ("base", *looked_at)}
+    if method.verb in ("merge", "transfer"):
+        looked_at = {"base", "tokenizer", *cls.needs, *cls.uses}
+        given = {key: value for key, value in given.items() if key in looked_at}
     if getattr(cls, "preferences", False):
         given = {**given, "data": inputs("measure")["tasks"]}  # questions with right and wrong
     given = {key: value for key, value in given.items() if key not in cls.optional}
@@ -161,6 +161,9 @@ def inputs(verb: str) -> dict[str, Any]:
     if verb == "merge":
         data = [str(home / "pool.jsonl"), str(home / "target.jsonl")]
         return {**base, "deltas": [str(home / "one"), str(home / "two")], "data": data}
+    if verb == "transfer":
+        donor = str(home / "donor")
+        return {**base, "tokenizer": donor, "donor": donor, "data": str(home / "pool.jsonl")}
     return {**base, "tasks": str(home / "test.jsonl")}
 
 
@@ -179,6 +182,7 @@ def _home() -> Path:
         key = min(key for key in lab if key.partition("-")[0] == role)
         shutil.copyfile(lab[key], home / f"{role}.jsonl")
     tiny_base(home / "base")
+    _make_donor(home / "donor", home / "pool.jsonl")
     for seed, name in enumerate(("one", "two"), 1):
         shutil.copytree(home / "base", home / name)
         _disturb(home / name, seed)
@@ -197,6 +201,37 @@ def _disturb(model: Path, seed: int) -> None:
         for name, tensor in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _make_donor(folder: Path, text: Path) -> None:
+    """A tiny model with a tokenizer of another kind than the base's."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
+    )
+    inner.train_from_iterator(text.read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<end>", eos_token="<end>", pad_token="<end>"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _run_and_kill(method: Entry, out: Path, seconds: float) -> None:

@@ -16,7 +16,7 @@ from deltaloom.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from deltaloom.core.base import Base
 
@@ -41,6 +41,7 @@ ADAPTERS = {
 STORED = {
     "trace.safetensors": "trace:Trace",
     "delta.safetensors": "dense:Dense",
+    "vocab.safetensors": "vocab:Vocab",
 }
 """A file that `Delta.save` writes -> module and class."""
 
@@ -80,6 +81,10 @@ class Delta(ABC):
     @abstractmethod
     def apply(self, base: Base) -> PreTrainedModel:
         """`base` loaded with this change."""
+
+    def tokenizer(self, base: Base) -> PreTrainedTokenizerBase:
+        """The tokenizer of `base` with this change."""
+        return base.tokenizer()
 
     def __rmul__(self, factor: float) -> Delta:
         return self * factor
@@ -136,14 +141,20 @@ def describe(folder: Path, delta_kind: str, base: Base) -> None:
 def load(name: str | Path, base: Base) -> Delta:
     """The delta in a folder, or in the hub repository `name`, over `base`.
 
-    Knows PEFT adapter folders, whole model folders (the change is model minus base) and folders
-    that `Delta.save` wrote. Raises InputError when it is none of these, or when its `delta.json`
+    Knows PEFT adapter folders, whole model folders (the change is model minus base; one that
+    `transfer` made of this base is its change of tokenizer) and folders that `Delta.save` wrote.
+    Raises InputError when it is none of these, or when its `delta.json`
     names a base of other weights.
     """
     folder = base.model_copy(update={"model": str(name), "revision": None}).folder
     about = _about(folder)
     recorded = about.get("base", {}).get("fingerprint")
-    if recorded is not None and recorded != base.fingerprint():
+    if about.get("kind") == "vocab" and (folder / "config.json").exists():
+        if recorded == base.fingerprint():
+            return _class("vocab:Vocab").load(folder, base)
+        # A model in its own right: over a base with the same tokenizer it is a change like others.
+        same_tokens(folder, base)
+    elif recorded is not None and recorded != base.fingerprint():
         raise InputError(
             f"{folder}: is a delta over {about['base'].get('model')} ({recorded}), not over "
             f"{base.model} ({base.fingerprint()}); name the base it was tuned from"
@@ -158,6 +169,18 @@ def load(name: str | Path, base: Base) -> Delta:
     if (folder / "config.json").exists():
         return _class("dense:Dense").from_model(folder, base)
     raise InputError(f"{folder}: neither an adapter, a model nor a delta folder")
+
+
+def same_tokens(folder: Path, base: Base) -> None:
+    """Raise InputError unless the tokenizers of a model folder and of `base` are the same."""
+    from deltaloom.core.vocabulary import Vocabulary
+
+    ours, theirs = Vocabulary.read(folder), Vocabulary.read(base.folder)
+    if (ours.tokens, ours.special) != (theirs.tokens, theirs.special):
+        raise InputError(
+            f"{folder} and {base.model} have different tokenizers, so their embeddings' rows do "
+            "not belong together; transfer both to one tokenizer first"
+        )
 
 
 def _class(home: str) -> Any:

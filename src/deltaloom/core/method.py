@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deltaloom.core.source_weights import SourceWeights
 
 PACKAGE_ROOT = Path(__file__).parents[1]
-VERBS = ("select", "tune", "merge", "measure")
+VERBS = ("select", "tune", "merge", "transfer", "measure")
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,26 @@ class Merger(Method):
         not at hand; None when the method cannot tell.
         """
         return None
+
+
+class Transferrer(Method):
+    """Gives a base another tokenizer."""
+
+    verb = "transfer"
+
+    @abstractmethod
+    def transfer(
+        self,
+        base: Base,
+        tokenizer: Path,
+        run: Run,
+        *,
+        donor: Base | None = None,
+        data: Examples | None = None,
+    ) -> Delta:
+        """Move `base` to the tokenizer in the folder `tokenizer`; the result, a model folder, is
+        written to `run.folder`. `donor` is a model that has that tokenizer.
+        """
 
 
 class Measurer(Method):

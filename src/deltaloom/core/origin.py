@@ -20,9 +20,10 @@ class Origin:
     """Folder or hub id."""
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """The model in evaluation mode, and the base's tokenizer."""
+        """The model in evaluation mode, and its tokenizer."""
         if self.delta is None:
             return self.base.load(), self.base.tokenizer()
         from deltaloom.core.delta import load
 
-        return load(self.delta, self.base).apply(self.base), self.base.tokenizer()
+        delta = load(self.delta, self.base)
+        return delta.apply(self.base), delta.tokenizer(self.base)

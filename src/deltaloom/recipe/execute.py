@@ -26,7 +26,15 @@ from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.core.spec import digest
 from deltaloom.recipe.card import write_card
-from deltaloom.recipe.steps import MeasureStep, MergeStep, Planned, Recipe, SharedStep, TuneStep
+from deltaloom.recipe.steps import (
+    MeasureStep,
+    MergeStep,
+    Planned,
+    Recipe,
+    SharedStep,
+    TransferStep,
+    TuneStep,
+)
 
 if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
@@ -47,6 +55,7 @@ class Inputs:
             if name != "base":
                 self.hashes[f"delta {name}"] = Base(model=self.folder(name)).fingerprint()
         self.weights = self._weights()
+        self.tokenizer, self.donor = self._tokenizer()
 
     def folder(self, name: str) -> str:
         """The folder of an earlier step of this name, else the name itself."""
@@ -66,6 +75,27 @@ class Inputs:
         base.check()
         self.hashes["base"] = base.fingerprint()
         return base
+
+    def _tokenizer(self) -> tuple[Path | None, Base | None]:
+        """A transfer's tokenizer, and the model that has it if its method looks at one."""
+        if not isinstance(self.step, TransferStep):
+            return None, None
+        from deltaloom.core.vocabulary import tokenizer_digest, tokenizer_folder
+
+        named = self.folder(self.step.tokenizer)
+        folder = tokenizer_folder(named)
+        self.hashes["tokenizer"] = tokenizer_digest(folder)
+        if "donor" not in self.method.uses | self.method.needs:
+            return folder, None
+        donor = Base(model=self.folder(self.step.donor) if self.step.donor else named)
+        if not self.step.donor and not any(donor.folder.glob("*.safetensors")):
+            raise InputError(
+                f"{self.step.name}: {self.step.method} looks at the embeddings of a model that has "
+                f"the tokenizer, and {named} has no weights; name one with donor="
+            )
+        donor.check()
+        self.hashes["donor"] = donor.fingerprint()
+        return folder, donor
 
     def _examples(self, key: str) -> list[Examples]:
         names = getattr(self.step, key) or []
@@ -225,6 +255,18 @@ def _merge(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     return {"delta": delta.kind, "about": about}
 
 
+def _transfer(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
+    base, tokenizer = inputs.base, inputs.tokenizer
+    assert base is not None
+    assert tokenizer is not None
+    delta = planned.method.transfer(
+        base, tokenizer, run, donor=inputs.donor, data=inputs.rows("data")
+    )
+    about = {"base": base.model, "fingerprint": base.fingerprint()}
+    write_card(run.folder, planned.record(), about)
+    return {"delta": delta.kind, "about": about}
+
+
 def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     step, base = planned.step, inputs.base
     assert isinstance(step, MeasureStep)
@@ -330,7 +372,7 @@ def _refresh_cards(recipe: Recipe, folder: Path, estimates: dict[str, Any]) -> N
     """Write into each product's card what later steps measured of it."""
     for planned in recipe.steps:
         name = planned.step.name
-        if planned.step.verb in ("tune", "merge"):
+        if planned.step.verb in ("tune", "merge", "transfer"):
             own = {
                 key.partition("/")[2]: one
                 for key, one in estimates.items()
@@ -344,6 +386,7 @@ DOING: dict[str, Callable[[Planned, Inputs, Run], dict[str, Any]]] = {
     "select": _select,
     "tune": _tune,
     "merge": _merge,
+    "transfer": _transfer,
     "measure": _measure,
 }
 """What each verb does with its checked inputs."""

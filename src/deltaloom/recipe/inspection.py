@@ -50,7 +50,12 @@ def _weights(path: Path, is_run: bool) -> dict[str, Any]:
         from deltaloom.core.deltas.lowrank import read_factors
 
         return {"kind": "adapter", "modules": len(read_factors(path))}
-    for stored, kind in (("delta.safetensors", "dense delta"), ("trace.safetensors", "trace")):
+    stores = {
+        "delta.safetensors": "dense delta",
+        "trace.safetensors": "trace",
+        "vocab.safetensors": "vocabulary delta",
+    }
+    for stored, kind in stores.items():
         if (path / stored).exists():
             return {"kind": kind, "tensors": len(TensorFolder(path / stored))}
     if (path / "config.json").exists():

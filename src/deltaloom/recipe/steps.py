@@ -37,6 +37,8 @@ class Step(Spec):
     data_keys: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[frozenset[str]] = frozenset()
     """Inputs that must be given unless the method says that they are optional."""
+    model_keys: ClassVar[tuple[str, ...]] = ()
+    """Inputs that name one folder, hub id or earlier step each."""
 
     name: str
     """Name by which later steps, overrides and reports call this step."""
@@ -117,6 +119,23 @@ class MergeStep(Step):
     for each delta in their order, or what the method's own page says."""
 
 
+class TransferStep(Step):
+    """Give the base another tokenizer."""
+
+    verb = "transfer"
+    data_keys = ("data",)
+    model_keys = ("tokenizer", "donor")
+
+    tokenizer: str
+    """Folder, hub id or earlier step with the tokenizer to move to."""
+    donor: str | None = None
+    """Model that has the tokenizer, for methods that look at its embeddings; the model that
+    `tokenizer` names when left out."""
+    data: Names | None = None
+    """Files, folders, dataset ids or earlier select steps of text, for methods that learn from it
+    and for healing."""
+
+
 class MeasureStep(SharedStep):
     """Measure the base or deltas of it."""
 
@@ -133,7 +152,7 @@ class MeasureStep(SharedStep):
 
 
 STEPS: dict[str, type[Step]] = {
-    cls.verb: cls for cls in (SelectStep, TuneStep, MergeStep, MeasureStep)
+    cls.verb: cls for cls in (SelectStep, TuneStep, MergeStep, TransferStep, MeasureStep)
 }
 
 
@@ -158,6 +177,9 @@ class Planned:
         }
         if isinstance(self.step, TuneStep) and self.step.weights is not None:
             changes["weights"] = folder_of(self.step.weights)
+        for key in self.step.model_keys:
+            if getattr(self.step, key) is not None:
+                changes[key] = folder_of(getattr(self.step, key))
         if self.step.base is not None:
             model = folder_of(self.step.base.model)
             changes["base"] = self.step.base.model_copy(update={"model": model})
@@ -198,10 +220,10 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
     missing = [key for key in sorted(method.needs) if getattr(step, key, None) is None]
     if missing:
         raise InputError(f"{where}: {entry.name} needs {missing[0]}={_help(cls, missing[0])}")
-    if verb == "merge":
+    if verb in ("merge", "transfer"):
         _refuse_unused(step, method, f"{where}: {entry.name}")
     if step.base is None and (
-        isinstance(step, TuneStep | MergeStep)
+        isinstance(step, TuneStep | MergeStep | TransferStep)
         or (isinstance(step, MeasureStep) and (step.deltas or _subject(method) is None))
     ):
         raise InputError(f"{where}: base= is missing{_help(cls, 'base')}")
@@ -218,8 +240,8 @@ def _subject(method: Method) -> str | None:
 
 
 def _refuse_unused(step: Step, method: Method, where: str) -> None:
-    for key in ("deltas", "data"):
-        if getattr(step, key) is not None and key not in method.needs | method.uses:
+    for key in ("deltas", "data", "donor"):
+        if getattr(step, key, None) is not None and key not in method.needs | method.uses:
             raise InputError(f"{where} makes no use of {key}=; leave it out")
 
 
@@ -307,6 +329,9 @@ def _absolute(step: Step) -> Step:
             changes[key] = [_path(name) for name in names]
     if isinstance(step, TuneStep) and step.weights is not None:
         changes["weights"] = _path(step.weights)
+    for key in step.model_keys:
+        if getattr(step, key) is not None:
+            changes[key] = _path(getattr(step, key))
     if step.base is not None:
         changes["base"] = step.base.model_copy(update={"model": _path(step.base.model)})
     return step.model_copy(update=changes)

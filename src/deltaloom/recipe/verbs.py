@@ -34,6 +34,12 @@ def merge(method: str, *, out: str | Path, **settings: Any) -> Delta:
     return load(Path(out), _base(planned))
 
 
+def transfer(method: str, *, out: str | Path, **settings: Any) -> Delta:
+    """Give a base another tokenizer: `transfer("fvt", base=B, tokenizer=T, out=DIR)`."""
+    planned = _do("transfer", method, out, settings)
+    return load(Path(out), _base(planned))
+
+
 def measure(method: str, *, out: str | Path, **settings: Any) -> dict[str, Estimate]:
     """Measure: `measure("choice", base=B, deltas=[D], tasks=T, out=DIR)`; by `label--task`."""
     import json

@@ -73,7 +73,7 @@ def product_cost(report: Report, product: Step | None) -> dict[str, float] | Non
 
 def axis(report: Report) -> tuple[str, str, Show]:
     """The cost that the models are charted against: FLOPs, else trained tokens, else CPU time."""
-    spent = total(report.of_verb("select", "tune", "merge"))
+    spent = total(report.of_verb("select", "tune", "merge", "transfer"))
     if spent["flops"] > 0:
         return "flops", "FLOPs to make it, selection included", numbers.flops
     if spent["backward_tokens"] > 0:

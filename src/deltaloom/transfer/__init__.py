@@ -1,0 +1,1 @@
+"""Methods that give a base another tokenizer; one file each."""
