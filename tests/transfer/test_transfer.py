@@ -118,7 +118,7 @@ def test_ridge_is_the_closed_form(home, tmp_path, ridge):
     moved(home, "ridge", tmp_path / "out", ridge=ridge)
     moved(home, "blend", tmp_path / "blend", ridge=ridge, share=0.25)
     moved(home, "fvt", tmp_path / "fvt")
-    old, new, table = both(home)
+    _, new, table = both(home)
     donor = load_file(home / "new" / "model.safetensors")[EMBED].double().numpy()
     ours, theirs = anchors(home)
     a, b = donor[theirs], table.double().numpy()[ours]
@@ -180,7 +180,7 @@ def test_omp_reads_the_sums_off_in_the_base(home, tmp_path):
     from sklearn.linear_model import orthogonal_mp
 
     moved(home, "omp", tmp_path / "out", base="untied", tokenizer="new-untied", k=4)
-    old, new, _ = both(home, "untied", "new-untied")
+    _, new, _ = both(home, "untied", "new-untied")
     ours, theirs = anchors(home, "untied", "new-untied")
     made = load_file(tmp_path / "out" / "model.safetensors")
     own, given = (load_file(home / n / "model.safetensors") for n in ("untied", "new-untied"))
@@ -281,7 +281,7 @@ def test_a_tokenizer_without_overlap_is_refused(home, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<u>").save_pretrained(tmp_path / "w")
     small.model(tmp_path / "w")
     for method in ("omp", "ridge", "blend", "copy"):
-        with pytest.raises(InputError, match="share no token|nothing to copy"):
+        with pytest.raises(InputError, match=r"share no token|nothing to copy"):
             moved(home, method, tmp_path / method, tokenizer=tmp_path / "w")
         assert not (tmp_path / method).exists()
     moved(home, "fvt", tmp_path / "fvt", tokenizer=tmp_path / "w")  # bytes are always known
@@ -299,8 +299,8 @@ def test_refusals_name_what_is_needed(home, tmp_path):
         moved(home, "focus", tmp_path / "d")
     with pytest.raises(InputError, match="no such folder"):
         moved(home, "fvt", tmp_path / "e", tokenizer=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no tokenizer"):
-        (tmp_path / "empty").mkdir()
         moved(home, "fvt", tmp_path / "f", tokenizer=tmp_path / "empty")
     assert not [path for path in tmp_path.iterdir() if path.name in "abcdef"]
 
