@@ -1,0 +1,271 @@
+"""Two real story models learn each other's tokenizer, and unlike models are merged after it.
+
+    DELTALOOM_ASSETS=DIR python bench/claims/transfer.py [--quick] [--seeds N] [--work DIR]
+
+stories260K (512 tokens) is moved to the tokenizer of TinyStories-656K (2,048 tokens) and the other
+way round; the donor is the other model. Measured are bits per byte of TinyStories that no method
+saw, zero-shot and, for the first direction, after one pass over 480 stories of tuning the
+embeddings alone. Text is cut to 600 characters and holds no sign that a tokenizer lacks; the end
+token is not scored. A seed draws other stories for focus, for healing and for the test, and the
+random rows; arms are compared within a seed, intervals are Student's t over seeds.
+
+Then two relatives with different tokenizers: stories260K tuned on fables with its own, and moved to
+the other and tuned on tales. The first is moved as well, the two are averaged, and all are measured
+on held-out fables and tales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+import deltaloom
+from deltaloom.core.base import Base
+from deltaloom.core.encoding import encode
+from deltaloom.core.estimate import Estimate
+from deltaloom.core.examples import Examples
+from deltaloom.engine.forward import token_logprobs
+
+SMALL, LARGE = "models/stories260K", "models/TinyStories-656K"
+CHARACTERS = 600
+ARMS: dict[str, dict] = {
+    "copy": {"method": "copy"},
+    "focus": {"method": "focus"},
+    "fvt": {"method": "fvt"},
+    "ridge": {"method": "ridge"},
+    "omp": {"method": "omp"},
+    "omp-8": {"method": "omp", "k": 8},
+    "blend": {"method": "blend"},
+}
+HEALED: dict[str, dict] = {
+    "copy": {"method": "copy", "heal": "tune"},
+    "fvt": {"method": "fvt", "heal": "tune"},
+    "fvt-distill": {"method": "fvt", "heal": "distill"},
+    "ridge": {"method": "ridge", "heal": "tune"},
+    "blend": {"method": "blend", "heal": "tune"},
+}
+ORDER = ("blend", "ridge", "omp", "fvt", "focus", "copy", "random")
+"""As a pilot on two other small models found it, the best first."""
+TUNE = {"method": "full", "lr": 1e-3, "epochs": 2, "batch_size": 8, "max_length": 320}
+DOMAINS = ("fables", "tales")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed of few rows")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
+    options = parser.parse_args()
+    if not os.environ.get("DELTALOOM_ASSETS"):
+        print("DELTALOOM_ASSETS is not set: this bench needs real models and data")
+        print(json.dumps({"bench": "transfer", "results": [], "skipped": "no assets"}))
+        return
+    torch.set_num_threads(1)
+    assets = Path(os.environ["DELTALOOM_ASSETS"]).resolve()
+    work = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-transfer-"))).resolve()
+    sizes = (48, 12) if options.quick else (480, 80)
+    stories = known_to_both(assets, tinystories(assets / "data"))
+    domains = {name: known_to_both(assets, list(read(assets / "data", name))) for name in DOMAINS}
+    runs = []
+    for seed in range(1 if options.quick else options.seeds):
+        home = work / f"seed{seed}"
+        found = {}
+        train, test = draw(stories, home, "stories", seed, *sizes)
+        for name, (base, other) in {
+            "512 to 2048": (SMALL, LARGE),
+            "2048 to 512": (LARGE, SMALL),
+        }.items():
+            place = home / name.replace(" ", "-")
+            found[name] = moved(assets / base, assets / other, train, test, place, seed)
+        found["healed"] = healed(assets / SMALL, assets / LARGE, train, test, home / "healed", seed)
+        found["unlike"] = unlike(assets, domains, home / "unlike", seed, sizes)
+        runs.append(found)
+    for name in runs[0]:
+        print(table(name, [one[name] for one in runs]))
+    results = claims(runs, quick=options.quick)
+    print(json.dumps({"bench": "transfer", "results": results}))
+
+
+def tinystories(data: Path) -> list[str]:
+    """Stories, cut."""
+    found = json.loads((data / "tinystories_1000" / "tinystories_1000.json").read_text("utf-8"))
+    return [cut(story) for story in found if len(story) > 200]
+
+
+def read(data: Path, domain: str) -> list[str]:
+    """Pieces of one domain's text."""
+    if domain == "fables":
+        found = []
+        for file in sorted((data / "fables_en").rglob("*.jsonl")):
+            for line in file.read_text("utf-8").split("\n"):
+                fable = json.loads(line).get("fable") if line.strip() else None
+                found += [cut(str(fable))] if fable else []
+        return found
+    return [
+        cut(tale)
+        for file in sorted((data / "snakes_stories").glob("*.md"))
+        for tale in file.read_text("utf-8").split("<start>")[1:]
+    ]
+
+
+def cut(text: str) -> str:
+    return " ".join(text.split())[:CHARACTERS].rpartition(" ")[0]
+
+
+def known_to_both(assets: Path, texts: list[str]) -> list[str]:
+    """Distinct texts without a sign that one of the tokenizers does not have."""
+    kept = sorted({text for text in texts if len(text) > 150})
+    for name in (SMALL, LARGE):
+        tokenizer = Base(model=str(assets / name)).tokenizer()
+        unknown = tokenizer.unk_token_id
+        ids = tokenizer(kept)["input_ids"]
+        kept = [text for text, own in zip(kept, ids, strict=True) if unknown not in own]
+    return kept
+
+
+def draw(
+    texts: list[str], home: Path, name: str, seed: int, train: int, test: int
+) -> tuple[Path, Path]:
+    """Files of training and test rows; no text is in both."""
+    home.mkdir(parents=True, exist_ok=True)
+    chosen = random.Random(f"{seed} {name}").sample(texts, train + test)
+    paths = home / f"train-{name}.jsonl", home / f"test-{name}.jsonl"
+    for path, rows in zip(paths, (chosen[:train], chosen[train:]), strict=True):
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    return paths
+
+
+def bits(folder: Path, test: Path, scramble: int | None = None) -> float:
+    """Bits per byte of a model folder; with `scramble`, all its embedding rows drawn anew."""
+    base = Base(model=str(folder))
+    model, tokenizer, data = base.load(dtype="float32"), base.tokenizer(), Examples.read(test)
+    if scramble is not None:
+        from deltaloom.transfer.copy import drawn
+
+        table = model.get_input_embeddings().weight.detach()
+        with torch.no_grad():
+            table.copy_(drawn(table, len(table), scramble))
+    rows = encode(data, tokenizer, 512)
+    end = tokenizer.eos_token_id
+    scored = [(row.input_ids, [int(one != end) for one in row.input_ids]) for row in rows]
+    nats = -sum(float(one.sum()) for one in token_logprobs(model, scored, tokenizer.pad_token_id))
+    return nats / math.log(2) / sum(len(row.text.encode()) for row in data)
+
+
+def moved(
+    base: Path, other: Path, train: Path, test: Path, home: Path, seed: int
+) -> dict[str, float]:
+    """Zero-shot bits per byte of every arm, and of both models with their own tokenizers."""
+    found = {"base, own tokenizer": bits(base, test), "donor": bits(other, test)}
+    for name, arm in ARMS.items():
+        data = {"data": train} if arm["method"] == "focus" else {}
+        transfer(arm, base, other, home / name, seed, **data)
+        found[name] = bits(home / name, test)
+    found["random"] = bits(home / "copy", test, scramble=seed)
+    return found
+
+
+def transfer(arm: dict, base: Path, other: Path, out: Path, seed: int, **more: object) -> None:
+    settings = {key: value for key, value in arm.items() if key != "method"}
+    deltaloom.transfer(
+        arm["method"], base=base, tokenizer=other, out=out, seed=seed, **settings, **more
+    )
+
+
+def healed(
+    base: Path, other: Path, train: Path, test: Path, home: Path, seed: int
+) -> dict[str, float]:
+    """Bits per byte after healing."""
+    found = {}
+    for name, arm in HEALED.items():
+        transfer(arm, base, other, home / name, seed, data=train)
+        found[name] = bits(home / name, test)
+    return found
+
+
+def unlike(
+    assets: Path, domains: dict[str, list[str]], home: Path, seed: int, sizes: tuple[int, int]
+) -> dict[str, float]:
+    """Bits per byte on the union of two domains: two specialists of unlike tokenizers, merged."""
+    files = {name: draw(domains[name], home, name, seed, *sizes) for name in DOMAINS}
+    move = {"method": "blend", "tokenizer": str(assets / LARGE)}
+    move |= {"heal": "tune", "data": [str(files[name][0]) for name in DOMAINS]}
+    steps = [
+        {"transfer": {**move, "name": "common"}},
+        {"tune": {**TUNE, "data": str(files["tales"][0]), "base": "common", "name": "tales"}},
+        {"tune": {**TUNE, "data": str(files["fables"][0]), "name": "fables"}},
+        {"transfer": {**move, "base": "fables", "name": "fables-moved"}},
+        {
+            "merge": {
+                "method": "average",
+                "base": "common",
+                "deltas": ["tales", "fables-moved"],
+                "name": "merged",
+            }
+        },
+    ]
+    recipe = {"base": str(assets / SMALL), "seed": seed, "steps": steps}
+    deltaloom.run(recipe, out=home / "run")
+    found = {}
+    for name in ("common", "tales", "fables", "fables-moved", "merged"):
+        each = [bits(home / "run" / name, files[domain][1]) for domain in DOMAINS]
+        found |= {f"{name} on {domain}": one for domain, one in zip(DOMAINS, each, strict=True)}
+        found[name] = sum(each) / len(each)
+    return found
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """The mean of one value a seed."""
+    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="bits")
+
+
+def shown(values: list[float], sign: str = "") -> str:
+    if len(values) == 1:
+        return f"{values[0]:{sign}.3f}"
+    one = over_seeds(values)
+    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
+
+
+def table(name: str, found: list[dict[str, float]]) -> str:
+    """Bits per byte over seeds."""
+    lines = [f"| {name} | bits per byte |", "|---|---|"]
+    rows = sorted(found[0], key=lambda key: sum(one[key] for one in found))
+    lines += [f"| {key} | {shown([one[key] for one in found])} |" for key in rows]
+    return "\n".join(lines) + "\n"
+
+
+def claims(runs: list[dict], *, quick: bool) -> list[dict]:
+    """Each arm of the order below the next, in both directions; merged below the best single."""
+    results = []
+    for way in ("512 to 2048", "2048 to 512"):
+        for better, worse in pairwise(ORDER):
+            gaps = [one[way][better] - one[way][worse] for one in runs]
+            results.append(claim(f"{way}: {better} minus {worse}", gaps, quick))
+    best = [min(one["unlike"]["tales"], one["unlike"]["fables"]) for one in runs]
+    gaps = [one["unlike"]["merged"] - low for one, low in zip(runs, best, strict=True)]
+    results.append(claim("unlike models merged minus the best single one", gaps, quick))
+    return results
+
+
+def claim(name: str, gaps: list[float], quick: bool) -> dict:
+    """The upper end of the interval of a difference is below nothing."""
+    high = gaps[0] if len(gaps) == 1 else over_seeds(gaps).high
+    return {
+        "name": name,
+        "value": high,
+        "bound": None if quick else "< 0",
+        "holds": quick or high < 0,
+        "unit": f"bits per byte, high end of the 95 % interval, {len(gaps)} seeds",
+    }
+
+
+if __name__ == "__main__":
+    main()
