@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Efficient post-training of language models: select data, tune, merge, transfer to another "
+    help="Efficient post-training of language models: select data, tune, merge, give another "
     "tokenizer, measure.\n\n"
     "Every method takes key=value settings, the same keys as in a recipe: "
     "deltaloom tune lora base=MODEL data=rows.jsonl lr=1e-4 out=DIR. "

@@ -4,8 +4,8 @@ Exact, in two ways. Where the atoms' Gram matrix fits (`GRAM_BYTES`), each vecto
 by products: a run of picks is made among the few hundred atoms of the largest products, then the
 products of all atoms after each of these picks come from one matrix product with the rows of the
 Gram matrix that it needs; where an atom outside would have won, the picks from there on are taken
-back and made again. That reads a few rows per pick where the plain form reads all atoms. Else, and
-on GPUs, blocks of vectors are pursued together, with all products anew after every pick.
+back and made again. That reads a few rows per pick where the plain form reads all atoms. Else
+blocks of vectors are pursued together, with all products anew after every pick.
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ Not covered: rotary variants, dictionaries chosen by language.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, final
 
 from pydantic import Field
 
+from deltaloom.core.method import Sizes, Work
 from deltaloom.transfer._donor import DonorTransferrer
 
 if TYPE_CHECKING:
@@ -36,10 +38,17 @@ class Omp(DonorTransferrer):
     """Sparse sums of shared tokens."""
 
     k: Annotated[int, Field(ge=1)] = 64
-    """Shared tokens in a sum at most (the paper's and mergekit's default)."""
+    """Shared tokens in a sum at most (the paper's and mergekit's default, for widths of thousands);
+    as many as the donor is wide write any row, noise and all: with a donor of width 64, 8 is better
+    by far."""
     normalise: bool = True
     """Pick by the angle to a row, not by its length as well (ours; mergekit does not, and with one
     row in thirty five times as long, all its picks were those)."""
+
+    def work(self, sizes: Sizes) -> Work:
+        """As the others, and the largest Gram matrix of shared tokens."""
+        work = super().work(sizes)
+        return replace(work, memory_bytes=work.memory_bytes + 2.0**31)
 
     def mapped(
         self, wanted: Tensor, theirs: Tensor, ours: Tensor, pieces: Tensor, run: Run, label: str

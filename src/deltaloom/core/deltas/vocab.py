@@ -11,6 +11,7 @@ leaves) or, by `save`, `vocab.safetensors` with the new rows alone beside the to
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,7 @@ class Vocab(Delta):
 
     @classmethod
     def load(cls, folder: Path, base: Base) -> Vocab:
-        """Read what `save` or `write_model` wrote; raises InputError when it does not fit `base`.
-
-        The rows of a model folder stay on disk until they are asked for.
-        """
+        """Read what `save` or `write_model` wrote; raises InputError where it does not fit."""
         stored = folder / STORED
         tables = TensorFolder(stored if stored.exists() else folder)
         names = table_names(base)
@@ -158,6 +156,8 @@ class Vocab(Delta):
         Weights are copied in blocks; the new tables get the type that the base's have.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        for code in sorted(self.base.folder.glob("*.py")):  # of models that bring their own
+            shutil.copyfile(code, folder / code.name)
         load_tokenizer(self.files).save_pretrained(folder)
         ids = self._ids(self.base)
         config = with_rows(self.base.config(), len(next(iter(self.tables.values()))))
