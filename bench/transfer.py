@@ -1,6 +1,6 @@
 """Moving to another tokenizer: OMP and FVT, whole command, beside mergekit-tokensurgeon.
 
-    python bench/transfer.py [--quick] [--peer-python PATH] [--peer-tokens N]
+    python bench/transfer.py [--quick] [--peer-python PATH] [--peer-tokens N] [--work DIR]
 
 Two byte-level BPE vocabularies are trained here, on the standard library's sources and on torch's,
 and two tied Llamas of one thin layer get tables for them (full: 32,000 x 1024) whose rows are two
@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -45,12 +46,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3,000 x 128")
     parser.add_argument("--peer-python", help="interpreter of an environment with mergekit")
     parser.add_argument("--peer-tokens", type=int, default=512)
+    parser.add_argument("--work", type=Path, help="folder to keep models and measurements in")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = SMALL if options.quick else FULL
     with tempfile.TemporaryDirectory() as scratch:
-        home = Path(scratch)
-        make(home, size)
+        home = (options.work or Path(scratch)).resolve()
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / "donor" / "model.safetensors").exists():
+            make(home, size)
         results = measured(home, options)
     print(f"{platform.processor() or platform.machine()}, one thread, {size}")
     print(json.dumps({"bench": "transfer", "results": results}))
@@ -127,8 +131,12 @@ def save(folder: Path, table: torch.Tensor) -> None:
     model.save_pretrained(folder)
 
 
-def command(words: list[str]) -> tuple[float, float, str]:
-    """CPU seconds, peak MB and output of one process."""
+def command(home: Path, name: str, words: list[str]) -> tuple[float, float, str]:
+    """CPU seconds, peak MB and output of one process; read again when it was measured before."""
+    kept = home / f"measured-{name}.json"
+    if kept.exists():
+        seconds, peak, out = json.loads(kept.read_text())
+        return seconds, peak, out
     reader = (
         "import json,resource,subprocess,sys;"
         "done=subprocess.run(sys.argv[1:],stdout=subprocess.PIPE,stderr=subprocess.PIPE,text=True);"
@@ -142,15 +150,18 @@ def command(words: list[str]) -> tuple[float, float, str]:
     seconds, peak, code, out, error = json.loads(done.stdout)
     if code:
         raise SystemExit(f"{' '.join(words[:4])}: {error}")
+    kept.write_text(json.dumps([seconds, peak, out]))
     return seconds, peak, out
 
 
 def ours(home: Path, method: str, out: str, **settings: object) -> tuple[float, float]:
     """Our whole command."""
     words = [f"{key}={value}" for key, value in settings.items()]
+    if not (home / f"measured-{out}.json").exists():
+        shutil.rmtree(home / out, ignore_errors=True)  # or it would go on where it stopped
     models = [f"base={home / 'base'}", f"tokenizer={home / 'donor'}", f"out={home / out}"]
     seconds, peak, _ = command(
-        [sys.executable, "-m", "deltaloom", "transfer", method, *models, *words]
+        home, out, [sys.executable, "-m", "deltaloom", "transfer", method, *models, *words]
     )
     return seconds, peak
 
@@ -189,13 +200,17 @@ def beside_the_peer(
     script = str(Path(options.peer_python).parent / "mergekit-tokensurgeon")
     where = [str(home / "base"), str(home / "donor")]
     run = {
-        name: command([options.peer_python, script, *where, str(home / f"peer-{name}"), "-a", name])
+        name: command(
+            home,
+            f"peer-{name}",
+            [options.peer_python, script, *where, str(home / f"peer-{name}"), "-a", name],
+        )
         for name in ("subword", "mean")
     }
     peer = str(Path(__file__).parent / "_transfer_peer.py")
     count = str(options.peer_tokens)
     rows = home / "rows.npy"
-    _, peak, out = command([options.peer_python, peer, *where, count, str(rows)])
+    _, peak, out = command(home, "peer-omp", [options.peer_python, peer, *where, count, str(rows)])
     found = json.loads(out.strip().split("\n")[-1])
     each = found["seconds"] / found["done"]
     whole = run["mean"][0] + each * found["new"]

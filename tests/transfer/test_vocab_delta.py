@@ -199,6 +199,19 @@ def test_a_chat_template_moves_with_the_tokens_that_it_writes(home, tmp_path):
     assert config["vocab_size"] == len(moved)
 
 
+def test_a_template_of_roles_alone_adds_no_token(home, tmp_path):
+    shutil.copytree(home / "old", tmp_path / "chat")
+    tokenizer = load_tokenizer(tmp_path / "chat")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    deltaloom.transfer("fvt", base=tmp_path / "chat", tokenizer=home / "new", out=tmp_path / "out")
+    moved = load_tokenizer(tmp_path / "out")
+    assert len(moved) == len(load_tokenizer(home / "new"))
+    assert moved.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == (
+        "the<end>"
+    )
+
+
 def test_shell_recipe_plan_and_check(home, tmp_path):
     from deltaloom.recipe.inspection import inspect
 

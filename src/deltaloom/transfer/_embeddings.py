@@ -133,11 +133,9 @@ def dress(base: Base, tokenizer: Path, out: Path) -> Path:
         text = template if isinstance(template, str) else "".join(template.values())
         special = Vocabulary.of(own, str(base.folder)).special
         written = [one for _, one in sorted(special.items()) if one in text]
-        if own.eos_token and (own.eos_token in text or "eos_token" in text):
-            written = [*written, own.eos_token] if own.eos_token not in written else written
         known = new.get_vocab()
         new.add_tokens([one for one in written if one not in known], special_tokens=True)
-        if own.eos_token in written and own.eos_token in text:
+        if own.eos_token in written:
             new.eos_token = own.eos_token
         new.chat_template = template
     shutil.rmtree(out, ignore_errors=True)

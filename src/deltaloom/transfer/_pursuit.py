@@ -39,12 +39,11 @@ class Pursuit:
     def __init__(self, atoms: Tensor, k: int, *, normalise: bool = True) -> None:
         self.k = k
         atoms = atoms.float()
-        self.lengths = atoms.norm(dim=1)
-        if not normalise:
-            self.lengths = torch.ones_like(self.lengths)
-        # An atom of length nothing is never picked and has no direction.
-        self.atoms = atoms / torch.where(self.lengths == 0, 1.0, self.lengths)[:, None]
-        fits = 4 * len(atoms) ** 2 <= GRAM_BYTES and atoms.device.type == "cpu"
+        lengths = atoms.norm(dim=1) if normalise else torch.ones(len(atoms))
+        # An atom of length nothing has no direction, and is never picked.
+        self.lengths = torch.where(lengths == 0, 1.0, lengths)
+        self.atoms = atoms / self.lengths[:, None]
+        fits = 4 * len(atoms) ** 2 <= GRAM_BYTES
         self.gram = (self.atoms @ self.atoms.T).numpy() if fits else None
 
     def sums(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
