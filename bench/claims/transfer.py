@@ -24,6 +24,7 @@ import math
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,6 +58,8 @@ ORDER = ("blend", "ridge", "omp", "fvt", "focus", "copy", "random")
 """As a pilot on two other small models found it, the best first."""
 TUNE = {"method": "full", "lr": 1e-3, "epochs": 2, "batch_size": 8, "max_length": 320}
 DOMAINS = ("fables", "tales")
+Files = dict[str, tuple[Path, Path]]
+"""Training and test rows by what they are."""
 
 
 def main() -> None:
@@ -73,38 +76,22 @@ def main() -> None:
     assets = Path(os.environ["DELTALOOM_ASSETS"]).resolve()
     work = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-transfer-"))).resolve()
     sizes = (48, 12) if options.quick else (320, 60)
-    stories = known_to_both(assets, tinystories(assets / "data"))
-    domains = {name: known_to_both(assets, list(read(assets / "data", name))) for name in DOMAINS}
-    runs = []
-    for seed in range(1 if options.quick else options.seeds):
-        runs.append(one_seed(assets, stories, domains, work / f"seed{seed}", seed, sizes))
+    texts = {"stories": known_to_both(assets, tinystories(assets / "data"))}
+    texts |= {name: known_to_both(assets, list(read(assets / "data", name))) for name in DOMAINS}
+    seeds = range(1 if options.quick else options.seeds)
+    runs: list[dict] = [{} for _ in seeds]
+    for part, measure in PARTS.items():
+        for seed in seeds:
+            home = work / f"seed{seed}"
+            files = {name: draw(found, home, name, seed, *sizes) for name, found in texts.items()}
+            kept = home / f"{part}.json"
+            if not kept.exists():
+                kept.write_text(json.dumps(measure(assets, files, home / part, seed)))
+            runs[seed][part] = json.loads(kept.read_text())
     for name in runs[0]:
         print(table(name, [one[name] for one in runs]))
     results = claims(runs, quick=options.quick)
     print(json.dumps({"bench": "transfer", "results": results}))
-
-
-def one_seed(
-    assets: Path,
-    stories: list[str],
-    domains: dict[str, list[str]],
-    home: Path,
-    seed: int,
-    sizes: tuple[int, int],
-) -> dict[str, dict[str, float]]:
-    """All that is measured of a seed; read again when it is in its folder."""
-    kept = home / "found.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    found = {}
-    train, test = draw(stories, home, "stories", seed, *sizes)
-    for name, models in (("512 to 2048", (SMALL, LARGE)), ("2048 to 512", (LARGE, SMALL))):
-        base, other = (assets / one for one in models)
-        found[name] = moved(base, other, train, test, home / name.replace(" ", "-"), seed)
-    found["healed"] = healed(assets / SMALL, assets / LARGE, train, test, home / "healed", seed)
-    found["unlike"] = unlike(assets, domains, home / "unlike", seed, sizes)
-    kept.write_text(json.dumps(found))
-    return found
 
 
 def tinystories(data: Path) -> list[str]:
@@ -173,10 +160,21 @@ def bits(folder: Path, test: Path, scramble: int | None = None) -> float:
     return nats / math.log(2) / sum(len(row.text.encode()) for row in data)
 
 
+def enlarged(assets: Path, files: Files, home: Path, seed: int) -> dict[str, float]:
+    """Zero-shot, from 512 tokens to 2,048."""
+    return moved(assets / SMALL, assets / LARGE, files["stories"], home, seed)
+
+
+def reduced(assets: Path, files: Files, home: Path, seed: int) -> dict[str, float]:
+    """Zero-shot, from 2,048 tokens to 512."""
+    return moved(assets / LARGE, assets / SMALL, files["stories"], home, seed)
+
+
 def moved(
-    base: Path, other: Path, train: Path, test: Path, home: Path, seed: int
+    base: Path, other: Path, files: tuple[Path, Path], home: Path, seed: int
 ) -> dict[str, float]:
     """Zero-shot bits per byte of every arm, and of both models with their own tokenizers."""
+    train, test = files
     found = {"base, own tokenizer": bits(base, test), "donor": bits(other, test)}
     for name, arm in ARMS.items():
         data = {"data": train} if arm["method"] == "focus" else {}
@@ -193,22 +191,18 @@ def transfer(arm: dict, base: Path, other: Path, out: Path, seed: int, **more: o
     )
 
 
-def healed(
-    base: Path, other: Path, train: Path, test: Path, home: Path, seed: int
-) -> dict[str, float]:
-    """Bits per byte after healing."""
+def healed(assets: Path, files: Files, home: Path, seed: int) -> dict[str, float]:
+    """Bits per byte after healing, from 512 tokens to 2,048."""
     found = {}
     for name, arm in HEALED.items():
-        transfer(arm, base, other, home / name, seed, data=train)
+        train, test = files["stories"]
+        transfer(arm, assets / SMALL, assets / LARGE, home / name, seed, data=train)
         found[name] = bits(home / name, test)
     return found
 
 
-def unlike(
-    assets: Path, domains: dict[str, list[str]], home: Path, seed: int, sizes: tuple[int, int]
-) -> dict[str, float]:
+def unlike(assets: Path, files: Files, home: Path, seed: int) -> dict[str, float]:
     """Bits per byte on the union of two domains: two specialists of unlike tokenizers, merged."""
-    files = {name: draw(domains[name], home, name, seed, *sizes) for name in DOMAINS}
     move = {"method": "fvt", "tokenizer": str(assets / LARGE)}
     move |= {"heal": "tune", "data": [str(files[name][0]) for name in DOMAINS]}
     steps: list[dict] = [
@@ -249,6 +243,14 @@ def unlike(
         found |= {f"{name} on {domain}": one for domain, one in zip(DOMAINS, each, strict=True)}
         found[name] = sum(each) / len(each)
     return found
+
+
+PARTS: dict[str, Callable[[Path, Files, Path, int], dict[str, float]]] = {
+    "512 to 2048": enlarged,
+    "2048 to 512": reduced,
+    "healed": healed,
+    "unlike": unlike,
+}
 
 
 def over_seeds(values: list[float]) -> Estimate:
