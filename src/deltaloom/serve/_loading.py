@@ -103,7 +103,7 @@ def own_model(found: Found, base: Base, shared: Any, rows: int) -> tuple[RaggedM
         own = base.model_copy(update={"model": str(found.folder), "revision": None})
         model, tokenizer = own.load(), own.tokenizer()
     else:
-        model, tokenizer = found.delta.apply(base), base.tokenizer()
+        model, tokenizer = found.delta.apply(base), found.delta.tokenizer(base)
     share(model, shared)
     ragged = RaggedModel(model, str(found.folder), rows)
     ragged.check()
