@@ -39,6 +39,8 @@ from deltaloom.engine.forward import token_logprobs
 
 SMALL, LARGE = "models/stories260K", "models/TinyStories-656K"
 CHARACTERS = 600
+LONGEST = 500
+"""Tokens of a text at most, so that none is cut to the models' 512."""
 ARMS: dict[str, dict] = {
     "copy": {"method": "copy"},
     "focus": {"method": "focus"},
@@ -121,13 +123,17 @@ def cut(text: str) -> str:
 
 
 def known_to_both(assets: Path, texts: list[str]) -> list[str]:
-    """Distinct texts without a sign that one of the tokenizers does not have."""
+    """Distinct texts without a sign that one of the tokenizers does not have, all of which fits."""
     kept = sorted({text for text in texts if len(text) > 150})
     for name in (SMALL, LARGE):
         tokenizer = Base(model=str(assets / name)).tokenizer()
         unknown = tokenizer.unk_token_id
         ids = tokenizer(kept)["input_ids"]
-        kept = [text for text, own in zip(kept, ids, strict=True) if unknown not in own]
+        kept = [
+            text
+            for text, own in zip(kept, ids, strict=True)
+            if unknown not in own and len(own) < LONGEST
+        ]
     return kept
 
 
