@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Efficient post-training of language models: select data, tune, merge, measure.\n\n"
+    help="Efficient post-training of language models: select, tune, merge, search, measure.\n\n"
     "Every method takes key=value settings, the same keys as in a recipe: "
     "deltaloom tune lora base=MODEL data=rows.jsonl lr=1e-4 out=DIR. "
     "`deltaloom ls` lists the methods, `deltaloom show METHOD` explains one.",
@@ -64,6 +64,12 @@ def merge(method: MethodName, settings: Pairs = None, json: Json = False) -> Non
     # Mergers have threads of their own; BLAS's take CPU time to start and to wait.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _one_step("merge", method, settings, json)
+
+
+@app.command()
+def search(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
+    """Search for settings: base=, data=, evaluate=, out=."""
+    _one_step("search", method, settings, json)
 
 
 @app.command()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deltaloom.core.source_weights import SourceWeights
 
 PACKAGE_ROOT = Path(__file__).parents[1]
-VERBS = ("select", "tune", "merge", "measure")
+VERBS = ("select", "tune", "merge", "search", "measure")
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,45 @@ class Merger(Method):
         not at hand; None when the method cannot tell.
         """
         return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One try of a search: finished with its values, or failed for a reason."""
+
+    number: int
+    settings: dict[str, Any]
+    values: dict[str, float]
+    """Empty when it failed."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """Tokens and estimated FLOPs that it took; no times, which no two runs share."""
+    failed: str | None = None
+    """Why it has no values."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a searcher gives back: the settings chosen and every trial behind them."""
+
+    choice: dict[str, Any]
+    """`settings` (a method's keys and values, as a later step takes them) and what else is known of
+    the choice; written to `choice.json`."""
+    trials: tuple[Trial, ...]
+    """In order; written to `trials.jsonl`."""
+    delta: Delta | None = None
+    """A model made with the choice, when the search makes one; in `run.folder`."""
+
+
+class Searcher(Method):
+    """Tries settings on a base and rows, and chooses."""
+
+    verb = "search"
+
+    @abstractmethod
+    def search(
+        self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
+    ) -> Found:
+        """Search; finished trials stay in `run.work`, so that an interrupted search goes on."""
 
 
 class Measurer(Method):
