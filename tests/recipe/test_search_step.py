@@ -4,13 +4,13 @@ import json
 import sys
 
 import pytest
+from tiny import base_in, rows_in
 
 from deltaloom import methods
 from deltaloom.core.errors import InputError
 from deltaloom.core.run import Run
 from deltaloom.recipe.execute import run_recipe, with_choice
 from deltaloom.recipe.steps import parse_recipe, parse_step
-from tiny import base_in, rows_in
 
 METHOD = '''
 """Choose the first of two."""
