@@ -109,6 +109,8 @@ class Method(Spec):
     """Settings for the conformance suite's tiny model, where the defaults are meant for hours."""
     classifiers: ClassVar[bool] = False
     """Whether the base may be a sequence classifier (a Base with `labels`)."""
+    weightless: ClassVar[bool] = False
+    """Whether a base of config and tokenizer alone will do."""
 
     @abstractmethod
     def work(self, sizes: Sizes) -> Work:

@@ -53,7 +53,7 @@ class Scaled(Companion):
         *,
         weight_decay: float = 0.0,
         clip: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         self.parametrization = parametrization

@@ -72,6 +72,9 @@ class Inputs:
         if self.step.base is None:
             return None
         base = self.step.base.model_copy(update={"model": self.folder(self.step.base.model)})
+        if self.method.weightless and not any(base.folder.glob("*.safetensors")):
+            self.hashes["base"] = digest(base.config())
+            return base
         base.check()
         self.hashes["base"] = base.fingerprint()
         return base

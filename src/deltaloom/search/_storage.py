@@ -90,7 +90,7 @@ class Mirror:
     def _open(self) -> Any:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         if self.url is not None:
             return self._create(self.url)
         try:

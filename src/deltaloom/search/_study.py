@@ -134,7 +134,7 @@ class Study:
     ) -> dict[str, Any]:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         kinds = {name: one.distribution() for name, one in self.space.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the sampler calls itself experimental
