@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deltaloom.engine.parametrization import Parametrization
+from deltaloom.engine.parametrization import Parametrization, lora_rates
 from deltaloom.engine.train import Companion, TrainSettings
 
 
@@ -63,3 +63,25 @@ class Scaled(Companion):
         """AdamW with a learning rate for each rule."""
         groups = self.parametrization.groups(model, settings.lr, self.weight_decay, self.eps)
         return ScaledAdamW(groups, self.clip, lr=settings.lr, betas=self.betas)
+
+
+class LoraScaled(Companion):
+    """AdamW with learning rates of LoRA's factors as found at another width and rank.
+
+    `width` and `rank` are the ratios to where the learning rate was found; parameters that are no
+    factor keep it.
+    """
+
+    def __init__(self, width: float, rank: float, rslora: bool) -> None:
+        self.rates = lora_rates(width, rank, "alpha/sqrt(r)" if rslora else "alpha/r")
+
+    def optimizer(self, model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
+        """AdamW with a group for A, one for B and one for all else."""
+        found: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                factor = next((one for one in self.rates if f"lora_{one}." in name), None)
+                rate = 1.0 if factor is None else self.rates[factor]
+                found.setdefault(rate, []).append(parameter)
+        groups = [{"params": own, "lr": settings.lr * rate} for rate, own in found.items()]
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
