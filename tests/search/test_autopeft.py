@@ -13,6 +13,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.method import Trial
 from deltaloom.recipe.execute import run_step
 from deltaloom.recipe.steps import parse_step
+from deltaloom.report.page import write_report
 from deltaloom.search import _study
 from deltaloom.search.autopeft import Autopeft, _configuration, pareto
 
@@ -73,6 +74,10 @@ def test_every_point_loads_and_the_choice_is_tuned_elsewhere(given, tmp_path):
     assert front[0]["objective"] == min(trial["values"]["objective"] for trial in trials)
     assert load(out, base).kind == "composite"
     assert record["results"]["delta"] == "composite"
+    write_report([out], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "The front: no other trial is better in both" in page
+    assert "on untouched rows" in page
     values = {"method": "composite", "settings_from": str(out), "epochs": 1, "name": "other"}
     values |= {key: given[key] for key in ("base", "data")}
     again = run_step(parse_step("tune", values, "tune composite"), tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Searches: their trials, and the coordinate check of a search over widths, drawn."""
+"""Searches: their trials, the front of two goals, and the coordinate check, drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from deltaloom.report.reading import Report, Step, json_lines, number
 from deltaloom.report.svg import Series
 
-TRIALS, COORDINATES = "trials.jsonl", "coordinates.json"
+TRIALS, COORDINATES, FRONT = "trials.jsonl", "coordinates.json", "front.json"
 SHOWN = 200
 """Trials in the table, at most."""
 
@@ -62,7 +62,7 @@ def _search(report: Report, step: Step) -> Search:
     trials = list(json_lines(step.folder / TRIALS))
     choice = step.results.get("choice")
     chosen = choice.get("trial") if isinstance(choice, dict) else None
-    charts = [*_sweep(trials), *_coordinates(step)]
+    charts = [*_sweep(trials), *_front(step), *_coordinates(step)]
     return Search(
         label=report.label(step),
         step=step,
@@ -111,6 +111,24 @@ def _sweep(trials: Sequence[dict[str, Any]]) -> list[Lines]:
         )
         for goal in done[0]["values"]
     ]
+
+
+def _front(step: Step) -> list[Lines]:
+    """The points that no other trial beats: as searched, and on rows left untouched."""
+    try:
+        found = json.loads((step.folder / FRONT).read_text(encoding="utf-8"))
+        places = [(math.log2(1 + one["parameters"]), one) for one in found]
+        series = [
+            Series(label, sorted((x, one[key]) for x, one in places if key in one), k, dots=True)
+            for k, (key, label) in enumerate(
+                (("objective", "as searched"), ("untouched", "on untouched rows"))
+            )
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    drawn = tuple(one for one in series if one.points)
+    name = "The front: no other trial is better in both"
+    return [Lines(name, drawn, "log2 of trained parameters")] if drawn else []
 
 
 def _coordinates(step: Step) -> list[Lines]:
