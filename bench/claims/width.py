@@ -1,7 +1,7 @@
 """Where the best learning rate is over 8 times the width and 8 times the depth.
 
-    python bench/claims/width.py [--quick] [--seeds N] [--workers N] [--work DIR]
-        [--rows N] [--steps N] [--width N]
+    python bench/claims/width.py [--quick] [--seeds N] [--workers N] [--work DIR] [--ends]
+        [--axis width|depth ...] [--rows N] [--steps N] [--width N]
 
 Llamas of growing width (two layers) and of growing depth (hidden size 32) are trained from scratch
 on the lab's text, over a grid of learning rates a factor of two apart, once with the architecture's
@@ -13,7 +13,8 @@ The shift is that of its log2 from the smallest to the largest size, one value a
 Student's t over seeds. Regret is what the largest model loses with the smallest one's grid point.
 
 A unit is one (rule, axis, size, learning rate, seed): a file in --work, done once; --workers runs
-them in processes of one thread.
+them in processes of one thread. --ends leaves out the sizes between the smallest and the largest,
+which decide nothing.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
+    parser.add_argument("--ends", action="store_true", help="the smallest and largest size alone")
+    parser.add_argument("--axis", nargs="*", choices=RULES, default=list(RULES))
     parser.add_argument("--rows", type=int, default=4, help="rows of 64 tokens in a step")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--width", type=int, default=16, help="hidden size of the narrowest")
@@ -79,12 +82,13 @@ def main() -> None:
     seeds = range(1 if options.quick else options.seeds)
     size = Size(1, 5, 16) if options.quick else Size(options.rows, options.steps, options.width)
     rates = RATES[1::3] if options.quick else RATES
+    sizes = (GROWTH[0], GROWTH[-1]) if options.ends else GROWTH
     units = [
         Unit(rule, axis, growth, rate, seed)
         for seed in seeds
-        for axis, rules in RULES.items()
-        for rule in rules
-        for growth in GROWTH
+        for axis in options.axis
+        for rule in RULES[axis]
+        for growth in sizes
         for rate in rates
     ]
     check_size(home, size)
@@ -99,8 +103,8 @@ def main() -> None:
         unit: json.loads((home / f"{unit.name}.json").read_text(encoding="utf-8"))["loss"]
         for unit in units
     }
-    print(tables(loss, seeds, rates))
-    results = judged(loss, seeds, rates)
+    print(tables(loss, options.axis, sizes, seeds, rates))
+    results = judged(loss, options.axis, seeds, rates)
     if options.quick:  # a few steps show that it runs, and nothing else
         results = [{**one, "bound": None, "holds": True} for one in results]
     print(json.dumps({"bench": "claims-width", "results": results}))
@@ -214,21 +218,22 @@ def shown(values: list[float]) -> str:
     )
 
 
-def tables(loss: Losses, seeds, rates) -> str:
+def tables(loss: Losses, axes, sizes, seeds, rates) -> str:
     """Best learning rates, and mean losses over the grid."""
     lines = []
-    for axis, rules in RULES.items():
+    for axis in axes:
+        rules = RULES[axis]
         lines += ["", f"log2 of the best learning rate, {axis} times", ""]
-        lines += ["| rule | " + " | ".join(map(str, GROWTH)) + " | regret | at the grid's end |"]
-        lines += ["|---" * (len(GROWTH) + 3) + "|"]
+        lines += ["| rule | " + " | ".join(map(str, sizes)) + " | regret | at the grid's end |"]
+        lines += ["|---" * (len(sizes) + 3) + "|"]
         for rule in rules:
             found = {
                 growth: [optimum(curve(loss, rule, axis, growth, s, rates), rates) for s in seeds]
-                for growth in GROWTH
+                for growth in sizes
             }
-            cells = [shown([best for best, _ in found[growth]]) for growth in GROWTH]
+            cells = [shown([best for best, _ in found[growth]]) for growth in sizes]
             lost = shown([regret(loss, rule, axis, seed, rates) for seed in seeds])
-            ends = sum(end for growth in GROWTH for _, end in found[growth])
+            ends = sum(end for growth in sizes for _, end in found[growth])
             lines.append(f"| {rule} | {' | '.join(cells)} | {lost} | {ends} |")
         lines += [
             "",
@@ -238,7 +243,7 @@ def tables(loss: Losses, seeds, rates) -> str:
         ]
         lines += ["|---" * (len(rates) + 2) + "|"]
         for rule in rules:
-            for growth in GROWTH:
+            for growth in sizes:
                 curves = [curve(loss, rule, axis, growth, seed, rates) for seed in seeds]
                 means = [sum(one) / len(one) for one in zip(*curves, strict=True)]
                 cells = " | ".join(f"{mean:.2f}" for mean in means)
@@ -246,11 +251,11 @@ def tables(loss: Losses, seeds, rates) -> str:
     return "\n".join(lines) + "\n"
 
 
-def judged(loss: Losses, seeds, rates) -> list[dict]:
+def judged(loss: Losses, axes, seeds, rates) -> list[dict]:
     """Is the shift within a factor of two with our rules, and outside without?"""
     results = []
-    for axis, rules in RULES.items():
-        for rule in rules:
+    for axis in axes:
+        for rule in RULES[axis]:
             shifts = []
             for seed in seeds:
                 ends = [
