@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deltaloom.core.method import methods
     from deltaloom.core.run import Run
     from deltaloom.recipe.plan import plan
-    from deltaloom.recipe.verbs import measure, merge, run, select, transfer, tune
+    from deltaloom.recipe.verbs import measure, merge, run, search, select, transfer, tune
 
 _HOMES = {
     "Base": "core.base",
@@ -49,6 +49,7 @@ _HOMES = {
     "plan": "recipe.plan",
     "pool_seeds": "core.estimate",
     "run": "recipe.verbs",
+    "search": "recipe.verbs",
     "select": "recipe.verbs",
     "transfer": "recipe.verbs",
     "tune": "recipe.verbs",
@@ -75,6 +76,7 @@ __all__ = [
     "plan",
     "pool_seeds",
     "run",
+    "search",
     "select",
     "transfer",
     "tune",

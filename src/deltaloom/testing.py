@@ -33,7 +33,7 @@ from deltaloom.core.spec import explain
 PARTS = ("Paper:", "Differs:", "Not covered:")
 KILLS = (0.25, 0.5, 0.75)
 """Parts of an undisturbed run's time after which the run is killed."""
-VOLATILE = {"run.json", ".lock"}
+VOLATILE = {"run.json", ".lock", "study.journal"}
 """Files that tell times; all others must come out the same byte for byte."""
 
 
@@ -156,7 +156,7 @@ def inputs(verb: str) -> dict[str, Any]:
     if verb == "select":
         pool, target = str(home / "pool.jsonl"), str(home / "target.jsonl")
         return {**base, "pool": pool, "target": target}
-    if verb == "tune":
+    if verb in ("tune", "search"):
         return {**base, "data": str(home / "pool.jsonl")}
     if verb == "merge":
         data = [str(home / "pool.jsonl"), str(home / "target.jsonl")]

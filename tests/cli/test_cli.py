@@ -67,7 +67,8 @@ def test_help_answers_in_half_a_second():
 
 def test_ls_and_show_speak_json():
     rows = json.loads(call("ls", "--json").stdout)
-    assert {"select", "tune", "merge", "transfer", "measure"} <= {row["verb"] for row in rows}
+    verbs = {"select", "tune", "merge", "transfer", "search", "measure"}
+    assert verbs == {row["verb"] for row in rows}
     facts = json.loads(call("show", "less", "--json").stdout)
     assert facts["paper"].startswith("Xia et al. 2024")
     assert {row["name"] for row in facts["settings"]} >= {"fraction", "warmup"}

@@ -70,7 +70,10 @@ def test_a_recorded_recipe_parses_to_itself():
         ([], "a recipe is a mapping with a list of 'steps'"),
         ({"stesp": [], "steps": []}, "unknown key 'stesp'; did you mean 'steps'?"),
         (recipe({"tun": {}}), "no verb 'tun'; did you mean 'tune'?"),
-        (recipe({"tune": {"data": "d"}}), "'method' is missing; known: clear, conditional, full"),
+        (
+            recipe({"tune": {"data": "d"}}),
+            "'method' is missing; known: clear, composite",
+        ),
         (recipe({"tune": {"method": "lroa"}}), "no tune method 'lroa'; did you mean 'lora'?"),
         (recipe({"tune": {"method": "lora"}}), "'data' is missing: Files, folders"),
         (

@@ -18,9 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 
 def ls(
-    verb: Annotated[
-        str | None, typer.Argument(help="select, tune, merge, transfer or measure.")
-    ] = None,
+    verb: Annotated[str | None, typer.Argument(help="A verb, as select or tune.")] = None,
     json: Json = False,
 ) -> None:
     """List the methods of a verb, or of all."""

@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Efficient post-training of language models: select data, tune, merge, give another "
-    "tokenizer, measure.\n\n"
+    "tokenizer, search settings, measure.\n\n"
     "Every method takes key=value settings, the same keys as in a recipe: "
     "deltaloom tune lora base=MODEL data=rows.jsonl lr=1e-4 out=DIR. "
     "`deltaloom ls` lists the methods, `deltaloom show METHOD` explains one.",
@@ -71,6 +71,12 @@ def merge(method: MethodName, settings: Pairs = None, json: Json = False) -> Non
 def transfer(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
     """Give a base another tokenizer: base=, tokenizer=, donor=, data=, out=."""
     _one_step("transfer", method, settings, json)
+
+
+@app.command()
+def search(method: MethodName, settings: Pairs = None, json: Json = False) -> None:
+    """Search for settings: base=, data=, evaluate=, out=."""
+    _one_step("search", method, settings, json)
 
 
 @app.command()

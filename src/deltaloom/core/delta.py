@@ -32,6 +32,7 @@ class Kind(NamedTuple):
 
 ADAPTERS = {
     "DELTALOOM_BOTTLENECK": Kind("bottleneck:Bottleneck", "bottleneck"),
+    "DELTALOOM_COMPOSITE": Kind("bottleneck:Composite", "composite"),
     "DELTALOOM_ROUTED": Kind("routed:Routed", "routed"),
     "DELTALOOM_SPARSE": Kind("sparse:Sparse", "sparse"),
     "PREFIX_TUNING": Kind("prompt:Prompt", "prefix"),

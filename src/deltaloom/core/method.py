@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deltaloom.core.source_weights import SourceWeights
 
 PACKAGE_ROOT = Path(__file__).parents[1]
-VERBS = ("select", "tune", "merge", "transfer", "measure")
+VERBS = ("select", "tune", "merge", "transfer", "search", "measure")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Method(Spec):
     """Settings for the conformance suite's tiny model, where the defaults are meant for hours."""
     classifiers: ClassVar[bool] = False
     """Whether the base may be a sequence classifier (a Base with `labels`)."""
+    weightless: ClassVar[bool] = False
+    """Whether a base of config and tokenizer alone will do."""
 
     @abstractmethod
     def work(self, sizes: Sizes) -> Work:
@@ -195,6 +197,45 @@ class Transferrer(Method):
         """Move `base` to the tokenizer in the folder `tokenizer`; the result, a model folder, is
         written to `run.folder`. `donor` is a model that has that tokenizer.
         """
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One try of a search: finished with its values, or failed for a reason."""
+
+    number: int
+    settings: dict[str, Any]
+    values: dict[str, float]
+    """Empty when it failed."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """Tokens and estimated FLOPs that it took; no times, which no two runs share."""
+    failed: str | None = None
+    """Why it has no values."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a searcher gives back: the settings chosen and every trial behind them."""
+
+    choice: dict[str, Any]
+    """`settings` (a method's keys and values, as a later step takes them) and what else is known of
+    the choice; written to `choice.json`."""
+    trials: tuple[Trial, ...]
+    """In order; written to `trials.jsonl`."""
+    delta: Delta | None = None
+    """A model made with the choice, when the search makes one; in `run.folder`."""
+
+
+class Searcher(Method):
+    """Tries settings on a base and rows, and chooses."""
+
+    verb = "search"
+
+    @abstractmethod
+    def search(
+        self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
+    ) -> Found:
+        """Search; finished trials stay in `run.work`, so that an interrupted search goes on."""
 
 
 class Measurer(Method):

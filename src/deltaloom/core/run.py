@@ -182,6 +182,12 @@ class Run:
         view.folder.mkdir(parents=True, exist_ok=True)
         return view
 
+    def nested(self, name: str) -> Run:
+        """As `scratch`, with a log and scratch of its own there: for one trial of many."""
+        view = self.scratch(name)
+        view.home = view.folder
+        return view
+
     def log(self, **metrics: Any) -> None:
         """Append one line to `metrics.jsonl`."""
         with open(self.home / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaloom.core.atomic import write_json
+from deltaloom.core.atomic import write_json, write_text
 from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.estimate import Estimate, compare, holm
@@ -24,13 +24,14 @@ from deltaloom.core.origin import Origin
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.core.source_weights import SourceWeights, epoch
-from deltaloom.core.spec import digest
+from deltaloom.core.spec import canonical, digest
 from deltaloom.recipe.card import write_card
 from deltaloom.recipe.steps import (
     MeasureStep,
     MergeStep,
     Planned,
     Recipe,
+    SearchStep,
     SharedStep,
     TransferStep,
     TuneStep,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from deltaloom.core.delta import Delta
 
 SELECTED, SCORES, ESTIMATE = "selected.jsonl", "scores", "estimate.json"
+CHOICE, TRIALS = "choice.json", "trials.jsonl"
 
 
 class Inputs:
@@ -72,6 +74,9 @@ class Inputs:
         if self.step.base is None:
             return None
         base = self.step.base.model_copy(update={"model": self.folder(self.step.base.model)})
+        if self.method.weightless and not any(base.folder.glob("*.safetensors")):
+            self.hashes["base"] = digest(base.config())
+            return base
         base.check()
         self.hashes["base"] = base.fingerprint()
         return base
@@ -131,6 +136,7 @@ def run_step(
 
     Raises InputError for bad input, WorkError for work that failed.
     """
+    planned = with_choice(planned, earlier or {})
     inputs = Inputs(planned, earlier or {})
     replay = {"steps": [planned.standing_alone(inputs.folder).record()]}
     with Run.open(
@@ -145,6 +151,32 @@ def run_step(
         results = DOING[planned.step.verb](planned, inputs, run)
         run.finish(**results)
         return run.record
+
+
+def with_choice(planned: Planned, earlier: Mapping[str, Path]) -> Planned:
+    """A step with the settings that the search it names has chosen, spelled out as its own."""
+    name = getattr(planned.step, "settings_from", None)
+    if name is None:
+        return planned
+    path = Path(earlier.get(name, name)) / CHOICE
+    where = f"{planned.step.name}: settings_from = {name}"
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(
+            f"{where}: no finished search there ({path} is missing or damaged); name a search step "
+            "or its folder"
+        ) from None
+    method = planned.method
+    unknown = sorted(chosen.keys() - type(method).model_fields.keys())
+    if unknown:
+        raise InputError(
+            f"{where}: its choice has {unknown[0]!r}, which {planned.step.verb} "
+            f"{planned.step.method} does not take; name another search or another method"
+        )
+    given = {key: getattr(method, key) for key in method.model_fields_set}
+    step = planned.step.model_copy(update={"settings_from": None})
+    return Planned(step, type(method).parse({**chosen, **given}, where))
 
 
 def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -232,7 +264,32 @@ def _mixed(data: Examples, weights: SourceWeights, base: Base, run: Run) -> Exam
     return mixed
 
 
-def _evaluation(step: TuneStep, inputs: Inputs) -> Evaluation | None:
+def _search(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
+    step, data, base = planned.step, inputs.rows("data"), inputs.base
+    assert isinstance(step, SearchStep)
+    assert data is not None
+    assert base is not None
+    found = planned.method.search(base, data, run, evaluation=_evaluation(step, inputs))
+    lines = [canonical(asdict(trial)) + "\n" for trial in found.trials]
+    write_text(run.folder / TRIALS, "".join(lines))
+    write_json(run.folder / CHOICE, found.choice)
+    results = {
+        "choice": found.choice,
+        "trials": len(found.trials),
+        "failed_trials": sum(trial.failed is not None for trial in found.trials),
+    }
+    if found.delta is None:
+        return results
+    about = {
+        "base": base.model,
+        "fingerprint": base.fingerprint(),
+        "sources": dict(data.sources()),
+    }
+    write_card(run.folder, planned.record(), about)
+    return {**results, "delta": found.delta.kind, "about": about}
+
+
+def _evaluation(step: TuneStep | SearchStep, inputs: Inputs) -> Evaluation | None:
     if step.evaluate is None:
         return None
     method = get("measure", step.evaluate.method).make(step.evaluate.settings)
@@ -372,7 +429,7 @@ def _refresh_cards(recipe: Recipe, folder: Path, estimates: dict[str, Any]) -> N
     """Write into each product's card what later steps measured of it."""
     for planned in recipe.steps:
         name = planned.step.name
-        if planned.step.verb in ("tune", "merge", "transfer"):
+        if "about" in Run.read(folder / name)["results"]:
             own = {
                 key.partition("/")[2]: one
                 for key, one in estimates.items()
@@ -387,6 +444,7 @@ DOING: dict[str, Callable[[Planned, Inputs, Run], dict[str, Any]]] = {
     "tune": _tune,
     "merge": _merge,
     "transfer": _transfer,
+    "search": _search,
     "measure": _measure,
 }
 """What each verb does with its checked inputs."""

@@ -104,6 +104,22 @@ class TuneStep(Step):
     of `data`'s sources that it says, exactly; rows repeat only as often as it allows."""
     evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_as_evaluate)] = None
     """Stop early and keep the best weights by this measurement; a file name means its loss."""
+    settings_from: str | None = None
+    """An earlier search step, or its folder, whose chosen settings this step takes; a setting given
+    here has the last word."""
+
+
+class SearchStep(Step):
+    """Search for settings: try some on rows, keep the best."""
+
+    verb = "search"
+    data_keys = ("data",)
+
+    data: Names
+    """Files, folders, dataset ids or earlier select steps that every trial learns from."""
+    evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_as_evaluate)] = None
+    """What trials are compared by; a file name means its loss. Rows held out of data when left
+    out."""
 
 
 class MergeStep(Step):
@@ -152,7 +168,8 @@ class MeasureStep(SharedStep):
 
 
 STEPS: dict[str, type[Step]] = {
-    cls.verb: cls for cls in (SelectStep, TuneStep, MergeStep, TransferStep, MeasureStep)
+    cls.verb: cls
+    for cls in (SelectStep, TuneStep, MergeStep, TransferStep, SearchStep, MeasureStep)
 }
 
 

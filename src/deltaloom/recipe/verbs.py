@@ -9,7 +9,7 @@ from deltaloom.core.base import Base
 from deltaloom.core.delta import Delta, load
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
-from deltaloom.recipe.execute import ESTIMATE, SELECTED, run_recipe, run_step
+from deltaloom.recipe.execute import CHOICE, ESTIMATE, SELECTED, run_recipe, run_step
 from deltaloom.recipe.steps import Planned, parse_recipe, parse_step, read_yaml
 
 
@@ -38,6 +38,14 @@ def transfer(method: str, *, out: str | Path, **settings: Any) -> Delta:
     """Give a base another tokenizer: `transfer("fvt", base=B, tokenizer=T, out=DIR)`."""
     planned = _do("transfer", method, out, settings)
     return load(Path(out), _base(planned))
+
+
+def search(method: str, *, out: str | Path, **settings: Any) -> dict[str, Any]:
+    """Search: `search("width", base=B, data=D, out=DIR)`; the choice, as in `choice.json`."""
+    import json
+
+    _do("search", method, out, settings)
+    return json.loads((Path(out) / CHOICE).read_text(encoding="utf-8"))
 
 
 def measure(method: str, *, out: str | Path, **settings: Any) -> dict[str, Estimate]:

@@ -24,6 +24,7 @@ from deltaloom.report import (
     numbers,
     provenance,
     quality,
+    searching,
     selection,
     stages,
     suspicion,
@@ -75,6 +76,7 @@ def render(report: Report) -> str:
         ledger=cost.ledger(report),
         training=_training(report),
         likenesses=[(one, _alike(one)) for one in likeness.likenesses(report)],
+        searches=[_search(one) for one in searching.searches(report)],
         selections=[_selection(one, largest) for one in chosen],
         mixtures=[_mixture(one) for one in mixture.mixtures(report)],
         staged=stages.staged(report),
@@ -212,6 +214,14 @@ def _alike(one: likeness.Likeness) -> Markup | None:
     names = ", ".join(line.label for line in one.lines)
     alt = f"CKA with {one.other} by layer on {one.task}, of {names}"
     return svg.lines(drawn, alt, "layer: embeddings, blocks, norm")
+
+
+def _search(one: searching.Search) -> dict[str, Any]:
+    charts = [
+        (chart, svg.lines(chart.series, f"{chart.name}, {one.label}", chart.x_name))
+        for chart in one.charts
+    ]
+    return {"of": one, "charts": charts}
 
 
 def _selection(one: selection.Selection, largest: float | None) -> dict[str, Any]:

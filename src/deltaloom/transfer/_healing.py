@@ -31,7 +31,7 @@ class Healing(Transferrer):
     towards the base's own likelihoods of the same stretches of bytes (distill, ALM). None as a
     default, since it needs text like the base's own."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of healing (ours: the best of 3e-4, 1e-3 and 3e-3 on a small model)."""
+    """Peak learning rate of healing (ours, not tuned)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the text in healing (ours)."""
     batch_size: Count = 16

@@ -47,6 +47,13 @@ class Lora(GradientTuner):
     """Dropout on the adapters' input (PEFT's default: 0)."""
     rslora: bool = False
     """Scale by alpha / sqrt(r), so that the step does not shrink with the rank."""
+    lr_width: Annotated[int | None, Field(ge=1)] = None
+    """Hidden size of the model on which lr was found, as a smaller one of the same family: the
+    factor that maps the width to the rank gets lr x lr_width / width, the other one lr (LoRA+'s
+    scaling, arXiv 2402.12354). None takes lr as it is."""
+    lr_rank: Annotated[int | None, Field(ge=1)] = None
+    """Rank at which lr was found: with rslora the factor from the rank gets lr times the root of
+    lr_rank / r; without, lr holds for every rank. None takes lr as it is."""
     modules: list[str] | None = None
     """Names of the modules to adapt, by their last part (`[q_proj, v_proj]`); None adapts every
     linear module but the output head."""
@@ -66,11 +73,23 @@ class Lora(GradientTuner):
         """Tune `base`; writes an adapter folder to `run.folder` and returns its LowRank Delta."""
         model = self.attach(base, run.seed)
         settings = self.train_settings(self.lr, trainable="adapter")
-        model = train(model, base, data, run, self, settings, evaluation)
+        how = self._rates(model)
+        model = train(model, base, data, run, self, settings, evaluation, companion=how)
         result = run.work / "result"
         save_adapter(model, result, base)
         run.publish(result)
         return load(run.folder, base)
+
+    def _rates(self, model: Any) -> Any:
+        """What gives the factors their learning rates, where lr is from another size."""
+        if self.lr_width is None and self.lr_rank is None:
+            return None
+        from deltaloom.engine.scaled_adam import LoraScaled
+
+        width = model.config.get_text_config().hidden_size
+        return LoraScaled(
+            width / (self.lr_width or width), self.r / (self.lr_rank or self.r), self.rslora
+        )
 
     def config(self, base: Base) -> Any:
         """The adapters as PEFT takes them."""

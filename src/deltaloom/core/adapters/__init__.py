@@ -5,6 +5,6 @@ their folders; without it PEFT stops with a KeyError that names the kind (`DELTA
 a kind: a config, a tuner, its layers and, at the end, one call of `register`.
 """
 
-from deltaloom.core.adapters import bottleneck, routed, sparse
+from deltaloom.core.adapters import bottleneck, composite, routed, sparse
 
-__all__ = ["bottleneck", "routed", "sparse"]
+__all__ = ["bottleneck", "composite", "routed", "sparse"]

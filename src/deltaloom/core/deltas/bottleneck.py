@@ -7,7 +7,7 @@ scaled or compared, and say so.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from deltaloom.core.delta import Delta, describe
 from deltaloom.core.deltas._reading import WEIGHTS
@@ -30,7 +30,7 @@ class Bottleneck(Delta):
         self.folder = folder
 
     @classmethod
-    def load(cls, folder: Path, base: Base) -> Bottleneck:
+    def load(cls, folder: Path, base: Base) -> Self:
         """A folder that PEFT or `save` wrote; raises InputError when its weights are missing."""
         if not (folder / WEIGHTS).is_file():
             raise InputError(f"{folder} has no {WEIGHTS}; copy the adapter again, as safetensors")
@@ -73,6 +73,12 @@ class Bottleneck(Delta):
 
     def _refused(self) -> NoReturn:
         raise InputError(
-            f"{self.folder}: a bottleneck adapter is no change of the base's tensors, so it cannot "
-            "be merged, scaled or compared; use a LoRA adapter for that"
+            f"{self.folder}: a {self.kind} adapter is no change of the base's tensors, so it "
+            "cannot be merged, scaled or compared; use a LoRA adapter for that"
         )
+
+
+class Composite(Bottleneck):
+    """A composite adapter's folder: bottlenecks, low ranks and prefixes beside the base."""
+
+    kind = "composite"

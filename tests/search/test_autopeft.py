@@ -1,0 +1,130 @@
+"""The front of mixed modules: what is searched, kept, measured and taken up again."""
+
+import json
+import random
+
+import pytest
+import torch
+from tiny import base_in, rows_in
+
+from deltaloom import Base, testing
+from deltaloom.core.delta import load
+from deltaloom.core.errors import InputError
+from deltaloom.core.method import Trial
+from deltaloom.recipe.execute import run_step
+from deltaloom.recipe.steps import parse_step
+from deltaloom.report.page import write_report
+from deltaloom.search import _study
+from deltaloom.search.autopeft import Autopeft, _configuration, pareto
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def given(tmp_path):
+    base, rows = base_in(tmp_path / "base"), rows_in(tmp_path / "rows.jsonl", 30)
+    return {"base": str(base), "data": str(rows), "name": "found", "lr": 0.01, "largest": 4}
+
+
+def searched(given, out, **settings):
+    values = {"method": "autopeft", **given, **settings}
+    return run_step(parse_step("search", values, "search autopeft"), out)
+
+
+def test_the_front_is_what_no_other_beats_in_both():
+    chance = random.Random(0)
+    for _ in range(50):
+        trials = [
+            Trial(n, {}, {"a": chance.randrange(6), "b": chance.randrange(6)}) for n in range(9)
+        ]
+        trials.append(Trial(9, {}, {}, failed="diverged"))
+        points = [(t.values["a"], t.values["b"]) for t in trials if t.failed is None]
+        wanted = {
+            (a, b)
+            for a, b in points
+            if not any((c <= a and d <= b and (c, d) != (a, b)) for c, d in points)
+        }
+        front = [(t.values["a"], t.values["b"]) for t in pareto(trials, ("a", "b"))]
+        assert front == sorted(wanted)
+
+
+def test_configurations_are_exponents_and_bits():
+    off = {"serial": 0, "parallel": 0, "prefix": 0, "lora": 0, "layer_0": 1, "layer_1": 1}
+    assert _configuration(off) is None
+    assert _configuration({**off, "serial": 3, "layer_0": 0, "layer_1": 0}) is None
+    own = _configuration({**off, "serial": 3, "lora": 1, "layer_0": 0})
+    assert own == {"serial": 4, "parallel": 0, "prefix": 0, "lora": 1, "layers": [1]}
+    space = Autopeft(largest=4)._space(2)
+    assert [space["serial"].low, space["serial"].high] == [0, 3]
+    assert "layer_1" in space
+
+
+def test_every_point_loads_and_the_choice_is_tuned_elsewhere(given, tmp_path):
+    out = tmp_path / "out"
+    record = searched(given, out, trials=3)
+    front = json.loads((out / "front.json").read_text())
+    base = Base(model=given["base"])
+    for point in front:
+        if point["adapter"]:
+            delta = load(out / point["adapter"], base)
+            model = delta.apply(base)
+            held = sum(p.numel() for n, p in model.named_parameters() if "composite_" in n)
+            assert held == point["parameters"]
+    trials = [json.loads(line) for line in (out / "trials.jsonl").open()]
+    assert front[0]["objective"] == min(trial["values"]["objective"] for trial in trials)
+    assert load(out, base).kind == "composite"
+    assert record["results"]["delta"] == "composite"
+    write_report([out], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "The front: no other trial is better in both" in page
+    assert "on untouched rows" in page
+    values = {"method": "composite", "settings_from": str(out), "epochs": 1, "name": "other"}
+    values |= {key: given[key] for key in ("base", "data")}
+    again = run_step(parse_step("tune", values, "tune composite"), tmp_path / "other")
+    (step,) = again["recipe"]["steps"]
+    assert step["tune"]["layers"] == front[0]["settings"]["layers"]
+    assert load(tmp_path / "other", base).kind == "composite"
+
+
+def test_interrupted_it_ends_in_the_same_bytes(given, tmp_path, monkeypatch):
+    searched(given, tmp_path / "whole", trials=3)
+    count, real = 0, _study.Study._try
+
+    def stopped(self, *args):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(_study.Study, "_try", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        searched(given, tmp_path / "out", trials=3)
+    searched(given, tmp_path / "out", trials=3)
+    assert count == 4
+    assert testing.product(tmp_path / "whole") == testing.product(tmp_path / "out")
+
+
+def test_few_rows_are_refused(given, tmp_path):
+    given["data"] = str(rows_in(tmp_path / "few.jsonl", 2))
+    with pytest.raises(InputError, match="2 rows are too few to tune and compare on"):
+        searched(given, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"layers": [7]}, "has no layer 7; its 2 layers count from 0"),
+        ({"layers": []}, "no layer is left to train"),
+        ({"serial": 0, "parallel": 0, "prefix": 0}, "nothing to train"),
+        ({"gradient_checkpointing": True}, "a prefix cannot be recomputed"),
+    ],
+)
+def test_impossible_mixtures_are_refused(given, tmp_path, settings, sentence):
+    values = {"method": "composite", "base": given["base"], "data": given["data"], **settings}
+
+    def tuned():
+        run_step(parse_step("tune", values, "tune composite"), tmp_path / "out")
+
+    with pytest.raises(InputError, match=sentence):
+        tuned()
