@@ -66,7 +66,8 @@ def schema() -> None:
     """JSON schema of recipes, for completion in editors."""
     from deltaloom.recipe.schema import recipe_schema
 
-    print(jsonlib.dumps(recipe_schema(), indent=2))
+    # Indented, it would be twice as long and take twice as long to write; editors do not mind.
+    print(jsonlib.dumps(recipe_schema()))
 
 
 def env(json: Json = False) -> None:

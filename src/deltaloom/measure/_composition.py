@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from deltaloom.core.estimate import Estimate
 from deltaloom.measure._combinations import Combination
 from deltaloom.measure._rubric import METRICS
@@ -104,6 +102,8 @@ def efficiency(marked: Sequence[Marked], k: int, seed: int) -> dict[str, Any] | 
     Single texts are resampled within their skill and combinations among themselves. Combinations
     with a skill that was never measured alone are left out and counted in `left_out`.
     """
+    import numpy as np
+
     singles: dict[str, list[float]] = {}
     for one in marked:
         if one.asked.k == 1:

@@ -37,7 +37,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, final
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -50,12 +50,13 @@ from deltaloom.core.method import Measurer, Sizes, Work
 from deltaloom.core.run import Run
 from deltaloom.engine.chat import BaseChat, Kept, Speaker, open_chat
 from deltaloom.engine.endpoint import Endpoint, endpoint_of
-from deltaloom.measure import _concept_report as reports
-from deltaloom.measure._drawing import drawable, laid_out
-from deltaloom.measure._graders import Answers, Asked, ByServer, Exact, Grader, Noisy, VisionModel
 from deltaloom.measure._items import note
-from deltaloom.measure._pictures import Files, Pictures, Pipeline, Renderer, Server, Words
 from deltaloom.measure._scenes import Scene, sample_scene, vocabulary
+
+if TYPE_CHECKING:
+    from deltaloom.measure._concept_report import Audit
+    from deltaloom.measure._graders import Answers, Asked, Grader
+    from deltaloom.measure._pictures import Pictures
 
 Count = Annotated[int, Field(ge=1)]
 DRAWN = ("drawing", "renderer")
@@ -143,6 +144,8 @@ class ConceptMix(Measurer):
         Raises InputError for words that cannot be drawn where they must be, rows in `data`, and a
         source without images; WorkError when no image could be graded at all.
         """
+        from deltaloom.measure._concept_report import Marked
+
         if len(data):
             raise InputError("conceptmix makes its own scenes: leave out tasks, set concepts=")
         scenes = self._scenes(run.seed)
@@ -154,7 +157,7 @@ class ConceptMix(Measurer):
         made = [one for one in asked if one.id not in failures]
         grader = self._grader(run)
         answers = _by_scene(made, grader.grade(_questions(made, folder), run))
-        marked = reports.Marked(scenes, answers)
+        marked = Marked(scenes, answers)
         if not marked.complete:
             raise WorkError(f"no image could be graded: {_commonest(failures)}")
         _keep(run, scenes, prompts, answers, failures)
@@ -172,6 +175,8 @@ class ConceptMix(Measurer):
         return self.grader is not None or self.noise > 0
 
     def _scenes(self, seed: int) -> list[Scene]:
+        from deltaloom.measure._drawing import drawable, laid_out
+
         words = vocabulary(self.concepts)
         drawn = self.images in DRAWN or self.grader is None
         if drawn:
@@ -210,6 +215,8 @@ class ConceptMix(Measurer):
         return found, missing
 
     def _pictures(self, model: Any, tokenizer: Any, run: Run) -> Pictures:
+        from deltaloom.measure._pictures import Files, Pipeline, Renderer, Server, Words
+
         if self.images == "renderer":
             return Renderer()
         if self.images == "pipeline":
@@ -223,6 +230,8 @@ class ConceptMix(Measurer):
         return Words(kept, vocabulary(self.concepts), self.max_new_tokens)
 
     def _grader(self, run: Run) -> Grader:
+        from deltaloom.measure._graders import ByServer, Exact, Noisy, VisionModel
+
         grader: Grader = Exact()
         if isinstance(self.grader, Endpoint):
             file = run.work / f"{run.folder.name}-answers.jsonl"
@@ -239,6 +248,9 @@ class ConceptMix(Measurer):
         run: Run,
     ) -> dict[str, Any]:
         """What the audit says of the grader, and what follows for the scores."""
+        from deltaloom.measure import _concept_report as reports
+        from deltaloom.measure._graders import Exact
+
         found: dict[str, Any] = {}
         audited = reports.Audit([], [], [])
         if self.audit:
@@ -256,8 +268,13 @@ class ConceptMix(Measurer):
         )
         return found
 
-    def _audited(self, grader: Grader, run: Run) -> reports.Audit:
+    def _audited(self, grader: Grader, run: Run) -> Audit:
         """The grader asked about scenes drawn for it, with true and false questions."""
+        from deltaloom.measure._concept_report import Audit, both_ways
+        from deltaloom.measure._drawing import laid_out
+        from deltaloom.measure._graders import Asked, Exact
+        from deltaloom.measure._pictures import Renderer
+
         words = vocabulary("drawn")
         scenes = [
             sample_scene(words, 1 + i % 5, run.seed + 1, i, lambda one: laid_out(one) is not None)
@@ -268,11 +285,11 @@ class ConceptMix(Measurer):
         Renderer().make(scenes, {}, folder, run)
         asked = []
         for scene in scenes:
-            for number, (concept, _) in enumerate(reports.both_ways(scene, words)):
+            for number, (concept, _) in enumerate(both_ways(scene, words)):
                 asked.append(
                     Asked(f"audit {scene.id}/{number}", folder / f"{scene.id}.png", concept)
                 )
-        return reports.Audit(asked, grader.grade(asked, run), Exact().grade(asked, run))
+        return Audit(asked, grader.grade(asked, run), Exact().grade(asked, run))
 
 
 def _any(scene: Scene) -> bool:
@@ -280,6 +297,8 @@ def _any(scene: Scene) -> bool:
 
 
 def _questions(scenes: Sequence[Scene], folder: Path) -> list[Asked]:
+    from deltaloom.measure._graders import Asked
+
     return [
         Asked(f"{scene.id}/{number}", folder / f"{scene.id}.png", concept)
         for scene in scenes
