@@ -139,6 +139,23 @@ def test_a_new_last_step_reuses_the_rest(done, home, tmp_path):
     assert (copy / "b" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_two_bases_measured_on_one_task_are_told_apart(home, tmp_path):
+    other = tiny.base_in(tmp_path / "other", seed=5)
+    measure = {"method": "choice", "tasks": str(home / "test.jsonl")}
+    steps = [
+        {"measure": {**measure, "name": "first"}},
+        {"measure": {**measure, "name": "second", "base": str(other)}},
+    ]
+    record = deltaloom.run({"base": str(home / "base"), "steps": steps}, out=tmp_path / "run")
+    estimates = record["results"]["estimates"]
+    (first,) = (key for key in estimates if key.startswith("base/"))
+    (second,) = (key for key in estimates if key.startswith("base (second)/"))
+    assert len(estimates) == 2
+    for step, key in (("first", first), ("second", second)):
+        own = json.loads((tmp_path / "run" / step / "run.json").read_text())["results"]["estimates"]
+        assert estimates[key] == own[first]
+
+
 def test_recipes_and_single_steps_replay_from_their_folders(done, tmp_path):
     out, _ = done
     deltaloom.run(out / "recipe.yaml", out=tmp_path / "again")

@@ -195,7 +195,7 @@ def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
                 "cost": record["cost"],
             }
             for part in ("estimates", "comparisons"):
-                results[part].update(record["results"].get(part, {}))
+                _add(results[part], record["results"].get(part, {}), name)
             cost = {key: cost[key] + record["cost"].get(key, 0.0) for key in COUNTERS}
         _refresh_cards(recipe, folder, results["estimates"])
         # The ledger of a recipe is the sum of its steps', whichever process did them.
@@ -203,6 +203,13 @@ def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         run.record["cost"].update(cost)
         write_json(folder / "run.json", run.record)
         return run.record
+
+
+def _add(found: dict[str, Any], more: dict[str, Any], step: str) -> None:
+    """Add a step's results; what an earlier step has under the same name gets the step's beside."""
+    for key, value in more.items():
+        label, _, rest = key.partition("/")
+        found[f"{label} ({step})/{rest}" if key in found else key] = value
 
 
 def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
