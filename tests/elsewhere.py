@@ -12,6 +12,7 @@ The device is called "meta" because autograd asks a driver about any other.
 """
 
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import nn
@@ -80,7 +81,8 @@ class _Made(TorchFunctionMode):
 @contextmanager
 def elsewhere():
     """Tensors are made on the other device wherever `device=HERE` is said."""
-    with _Elsewhere(), _Made():
+    # Inference mode cannot make some views of a wrapped tensor: its tensors have no version.
+    with mock.patch.object(torch, "inference_mode", torch.no_grad), _Elsewhere(), _Made():
         yield
 
 

@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-import small
 import torch
+import vocabularies
 from safetensors.torch import load_file
 
 import deltaloom
@@ -20,10 +20,10 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("healing")
-    small.old(home / "old")
-    small.old(home / "untied", tied=False, seed=2)
-    small.byte_level(home / "new", [("Ġ", "t"), ("a", "t"), ("Ġt", "h")], eos_token="</s>")
-    lines = [{"text": f"{small.WORDS[i % 7 :]} the mat"} for i in range(24)]
+    vocabularies.old(home / "old")
+    vocabularies.old(home / "untied", tied=False, seed=2)
+    vocabularies.byte_level(home / "new", [("Ġ", "t"), ("a", "t"), ("Ġt", "h")], eos_token="</s>")
+    lines = [{"text": f"{vocabularies.WORDS[i % 7 :]} the mat"} for i in range(24)]
     (home / "text.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     return home
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import small
 import torch
+import vocabularies
 from safetensors.torch import load_file, save_file
 
 import deltaloom
@@ -21,11 +21,11 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("transfer")
-    small.old(home / "old")
-    small.old(home / "untied", tied=False, seed=2)
-    small.new(home / "new", hidden=12, seed=1)
-    small.new(home / "new-untied", hidden=12, seed=3, tied=False)
-    lines = [{"text": f"{small.WORDS[i % 7 :]} the mat"} for i in range(24)]
+    vocabularies.old(home / "old")
+    vocabularies.old(home / "untied", tied=False, seed=2)
+    vocabularies.new(home / "new", hidden=12, seed=1)
+    vocabularies.new(home / "new-untied", hidden=12, seed=3, tied=False)
+    lines = [{"text": f"{vocabularies.WORDS[i % 7 :]} the mat"} for i in range(24)]
     (home / "text.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     return home
 
@@ -80,7 +80,9 @@ def test_fvt_by_hand(home, tmp_path):
 
 
 def test_one_end_of_text_begins_texts_in_the_input_and_ends_them_in_the_output(home, tmp_path):
-    small.byte_level(tmp_path / "one", small.OLD, bos_token="<|e|>", eos_token="<|e|>")
+    vocabularies.byte_level(
+        tmp_path / "one", vocabularies.OLD, bos_token="<|e|>", eos_token="<|e|>"
+    )
     moved(home, "fvt", tmp_path / "out", base="untied", tokenizer=tmp_path / "one")
     made = load_file(tmp_path / "out" / "model.safetensors")
     own = load_file(home / "untied" / "model.safetensors")
@@ -279,7 +281,7 @@ def test_a_tokenizer_without_overlap_is_refused(home, tmp_path):
 
     inner = Tokenizer(models.WordLevel({"<u>": 0, "зима": 1, "лето": 2}, unk_token="<u>"))
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<u>").save_pretrained(tmp_path / "w")
-    small.model(tmp_path / "w")
+    vocabularies.model(tmp_path / "w")
     for method in ("omp", "ridge", "blend", "copy"):
         with pytest.raises(InputError, match=r"share no token|nothing to copy"):
             moved(home, method, tmp_path / method, tokenizer=tmp_path / "w")
@@ -288,7 +290,7 @@ def test_a_tokenizer_without_overlap_is_refused(home, tmp_path):
 
 
 def test_refusals_name_what_is_needed(home, tmp_path):
-    bare = small.byte_level(tmp_path / "bare", small.OLD)
+    bare = vocabularies.byte_level(tmp_path / "bare", vocabularies.OLD)
     with pytest.raises(InputError, match="donor="):
         moved(home, "omp", tmp_path / "a", tokenizer=bare)
     with pytest.raises(InputError, match="makes no use of donor="):

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-import small
 import torch
+import vocabularies
 from safetensors.torch import load_file, save_file
 
 import deltaloom
@@ -24,14 +24,14 @@ TEXT = "the cat sat on a mat"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("vocab")
-    small.old(home / "old")
-    small.old(home / "untied", tied=False, seed=2)
-    small.new(home / "new", hidden=12, seed=1)
+    vocabularies.old(home / "old")
+    vocabularies.old(home / "untied", tied=False, seed=2)
+    vocabularies.new(home / "new", hidden=12, seed=1)
     for base in ("old", "untied"):
         deltaloom.transfer(
             "fvt", base=home / base, tokenizer=home / "new", out=home / f"moved-{base}"
         )
-    lines = [{"text": f"{small.WORDS[i % 7 :]} the mat"} for i in range(16)]
+    lines = [{"text": f"{vocabularies.WORDS[i % 7 :]} the mat"} for i in range(16)]
     (home / "text.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     return home
 
@@ -121,7 +121,7 @@ def test_a_moved_model_merges_with_a_tuned_one_of_the_same_tokenizer(home, tmp_p
 
 
 def test_a_moved_model_does_not_merge_over_another_tokenizer(home, tmp_path):
-    small.byte_level(tmp_path / "third", [("Ġ", "t")], bos_token="<b>", eos_token="<e>")
+    vocabularies.byte_level(tmp_path / "third", [("Ġ", "t")], bos_token="<b>", eos_token="<e>")
     deltaloom.transfer("fvt", base=home / "old", tokenizer=tmp_path / "third", out=tmp_path / "t")
     with pytest.raises(InputError, match="different tokenizers"):
         load(tmp_path / "t", Base(model=str(home / "moved-old")))
@@ -180,7 +180,7 @@ def test_a_chat_template_moves_with_the_tokens_that_it_writes(home, tmp_path):
         "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}<|done|>{% endfor %}"
     )
     tokenizer.save_pretrained(tmp_path / "chat")
-    small.model(tmp_path / "chat")
+    vocabularies.model(tmp_path / "chat")
     deltaloom.transfer("fvt", base=tmp_path / "chat", tokenizer=home / "new", out=tmp_path / "out")
     moved = load_tokenizer(tmp_path / "out")
     assert moved.chat_template == tokenizer.chat_template

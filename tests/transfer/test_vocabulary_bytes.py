@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-import small
+import vocabularies
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.vocabulary import Vocabulary, bytes_of, load_tokenizer, tokenizer_digest
@@ -131,8 +131,10 @@ def test_real_vocabularies_share_more_bytes_than_texts():
 
 
 def test_alphabets(tmp_path):
-    small.byte_level(tmp_path / "a", small.OLD, bos_token="<s>", eos_token="</s>")
-    small.sentence_piece(tmp_path / "b", ["▁the", "é"], bos_token="<begin>", eos_token="<end>")
+    vocabularies.byte_level(tmp_path / "a", vocabularies.OLD, bos_token="<s>", eos_token="</s>")
+    vocabularies.sentence_piece(
+        tmp_path / "b", ["▁the", "é"], bos_token="<begin>", eos_token="<end>"
+    )
     a, b = Vocabulary.read(tmp_path / "a"), Vocabulary.read(tmp_path / "b")
     assert (a.form, b.form) == ("bytes", "spaces")
     assert a.tokens[a.numbers[b" the"]] == b.tokens[b.numbers[b" the"]] == b" the"
