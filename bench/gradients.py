@@ -35,8 +35,8 @@ RANK_LOST, TOP_LOST = 0.02, 0.03
 SHARE_OF_LESS = 0.17
 """A sixth, and the scales and headers."""
 ROWS = 512
-GROWTH_MB = 30.0
-"""Half of what the added rows' features would take in float32."""
+KEPT = 1.0
+"""A pass that kept its features, were it in the smallest format, would be at 1 and above."""
 
 
 def row(name: str, value: float, bound: float | None, unit: str) -> dict[str, object]:
@@ -150,7 +150,9 @@ def memory(work: Path) -> list[dict]:
         f"memory: {one['mb']:.0f} MB for {one['rows']} rows, {eight['mb']:.0f} MB for "
         f"{eight['rows']}, whose features would be {whole:.0f} MB in float32"
     )
-    results = [row("peak memory, 8 n rows - n rows", eight["mb"] - one["mb"], GROWTH_MB, "MB")]
+    added = (eight["rows"] - one["rows"]) * 4096 / 1e6  # MB, int8
+    share = (eight["mb"] - one["mb"]) / added
+    results = [row("peak memory, growth / int8 features of the rows added", share, KEPT, "ratio")]
     words = (*script, work / "pool1.jsonl", "--workers")
     walls = [[child(*words, count)["wall"] for count in (1, 2)] for _ in range(2)]
     text = ", ".join(f"{one:.1f} and {two:.1f} s" for one, two in walls)
