@@ -50,6 +50,7 @@ class Regress(MixtureSelector):
     """Mixture regression; `trials.jsonl` in the result has every run."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"target", "base"})
+    trial: ClassVar[dict[str, Any]] = {"runs": 8, "steps": 4}
 
     runs: Annotated[int, Field(ge=8)] = 32
     """Small runs with random mixtures (RegMix: 512, for trees; ours for a law with two numbers a

@@ -52,6 +52,7 @@ class Tailpatch(MixtureSelector):
     """Tail-patch ratings and weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"target", "base"})
+    trial: ClassVar[dict[str, Any]] = {"steps": 4}
 
     checkpoint: str | None = None
     """LoRA adapter folder of a partly trained run over the base, to patch from; None trains one
