@@ -141,7 +141,7 @@ def test_a_new_last_step_reuses_the_rest(done, home, tmp_path):
 
 def test_two_bases_measured_on_one_task_are_told_apart(home, tmp_path):
     other = tiny.base_in(tmp_path / "other", seed=5)
-    measure = {"method": "choice", "tasks": str(home / "test.jsonl")}
+    measure = {"method": "loss", "tasks": str(home / "test.jsonl")}
     steps = [
         {"measure": {**measure, "name": "first"}},
         {"measure": {**measure, "name": "second", "base": str(other)}},

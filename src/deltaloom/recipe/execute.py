@@ -206,10 +206,11 @@ def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _add(found: dict[str, Any], more: dict[str, Any], step: str) -> None:
-    """Add a step's results; what an earlier step has under the same name gets the step's beside."""
+    """Add a step's results; one that differs from an earlier of its name gets the step's beside."""
     for key, value in more.items():
         label, _, rest = key.partition("/")
-        found[f"{label} ({step})/{rest}" if key in found else key] = value
+        other = key in found and {**found[key], "cost": None} != {**value, "cost": None}
+        found[f"{label} ({step})/{rest}" if other else key] = value
 
 
 def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
