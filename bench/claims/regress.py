@@ -12,13 +12,11 @@ differences are taken within a seed, intervals are Student's t over seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
+from _seeds import run_seeds
 from scipy.stats import spearmanr
 
 import deltaloom
@@ -37,21 +35,7 @@ Found = dict[tuple[str, int], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, few runs")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=20, help="the lab was made on seeds below")
-    parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    home = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-regress-"))).resolve()
-    seeds = range(options.first, options.first + (1 if options.quick else options.seeds))
-    found = [one_seed(home / f"seed{seed}", seed, options.quick) for seed in seeds]
-    print(tables(found))
-    results = judged(found)
-    if options.quick:  # one seed and few runs show that it runs, and nothing else
-        results = [{**one, "bound": None, "holds": True} for one in results]
-    print(json.dumps({"bench": "claims-regress", "results": results}))
+    run_seeds("regress", str(__doc__), one_seed, tables, judged)
 
 
 def one_seed(home: Path, seed: int, quick: bool) -> Found:

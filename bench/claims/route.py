@@ -12,16 +12,15 @@ differences are taken within a seed, intervals are Student's t over seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from itertools import combinations
 from pathlib import Path
 
 import yaml
+from _seeds import run_seeds
 
 from deltaloom.core.estimate import Estimate
 from deltaloom.lab import tasks
@@ -39,20 +38,7 @@ PAIRS = list(combinations(tasks.TARGETS, 2))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, few people")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=20, help="the lab was made on seeds below")
-    parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
-    options = parser.parse_args()
-    home = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-route-"))).resolve()
-    seeds = range(options.first, options.first + (1 if options.quick else options.seeds))
-    found = [one_seed(home / f"seed{seed}", seed, options.quick) for seed in seeds]
-    print(tables(found))
-    results = judged(found)
-    if options.quick:  # one seed of small data shows that it runs, and nothing else
-        results = [{**one, "bound": None, "holds": True} for one in results]
-    print(json.dumps({"bench": "claims-route", "results": results}))
+    run_seeds("route", str(__doc__), one_seed, tables, judged)
 
 
 def one_seed(home: Path, seed: int, quick: bool) -> dict[tuple[str, ...], float]:
@@ -71,8 +57,11 @@ def one_seed(home: Path, seed: int, quick: bool) -> dict[tuple[str, ...], float]
             for task, name in own.items()
         ]
         deltas = [*own.values()]
-        merges = {"average": {"method": "average"}, "sum": {"method": "task_arithmetic"},
-                  "routed": {**ROUTE, "data": data["target"]}}  # fmt: skip
+        merges = {
+            "average": {"method": "average", "form": "model"},  # it is tuned on
+            "sum": {"method": "task_arithmetic"},
+            "routed": {**ROUTE, "data": data["target"]},
+        }
         steps += [
             {"merge": {**one, "name": f"{degree}-{name}", "deltas": deltas}}
             for name, one in merges.items()

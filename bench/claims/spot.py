@@ -15,13 +15,11 @@ are Student's t over seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import tempfile
 from pathlib import Path
 
-import torch
+from _seeds import run_seeds
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -49,21 +47,7 @@ COMPARED = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=20, help="the lab was made on seeds below")
-    parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    home = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-spot-"))).resolve()
-    seeds = range(options.first, options.first + (1 if options.quick else options.seeds))
-    found = [one_seed(home / f"seed{seed}", seed, options.quick) for seed in seeds]
-    print(tables(found))
-    results = judged(found)
-    if options.quick:  # one seed and few steps show that it runs, and nothing else
-        results = [{**one, "bound": None, "holds": True} for one in results]
-    print(json.dumps({"bench": "claims-spot", "results": results}))
+    run_seeds("spot", str(__doc__), one_seed, tables, judged)
 
 
 def one_seed(home: Path, seed: int, quick: bool) -> dict[tuple[str, ...], float]:

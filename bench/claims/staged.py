@@ -16,13 +16,11 @@ is the random unit: differences are taken within a seed, intervals are Student's
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import tempfile
 from pathlib import Path
 
-import torch
+from _seeds import run_seeds
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -60,21 +58,7 @@ Found = dict[tuple[str, str], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, few rows")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=20, help="the lab was made on seeds below")
-    parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    home = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-staged-"))).resolve()
-    seeds = range(options.first, options.first + (1 if options.quick else options.seeds))
-    found = [one_seed(home / f"seed{seed}", seed, options.quick) for seed in seeds]
-    print(tables(found))
-    results = judged(found)
-    if options.quick:  # one seed of few rows shows that it runs, and nothing else
-        results = [{**one, "bound": None, "holds": True} for one in results]
-    print(json.dumps({"bench": "claims-staged", "results": results}))
+    run_seeds("staged", str(__doc__), one_seed, tables, judged)
 
 
 def one_seed(home: Path, seed: int, quick: bool) -> Found:

@@ -14,12 +14,9 @@ it is the random unit: differences are taken within a seed, intervals are Studen
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from pathlib import Path
 
-import torch
+from _seeds import run_seeds
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -46,21 +43,7 @@ Found = dict[tuple[str, ...], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, the small lab")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=20, help="the lab was made on seeds below")
-    parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    home = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-tailpatch-"))).resolve()
-    seeds = range(options.first, options.first + (1 if options.quick else options.seeds))
-    found = [one_seed(home / f"seed{seed}", seed, options.quick) for seed in seeds]
-    print(tables(found))
-    results = judged(found)
-    if options.quick:  # one seed of small data shows that it runs, and nothing else
-        results = [{**one, "bound": None, "holds": True} for one in results]
-    print(json.dumps({"bench": "claims-tailpatch", "results": results}))
+    run_seeds("tailpatch", str(__doc__), one_seed, tables, judged)
 
 
 def one_seed(home: Path, seed: int, quick: bool) -> Found:

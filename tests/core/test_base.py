@@ -98,6 +98,11 @@ def test_no_weights_no_config_no_tokenizer(copy):
         refuses(copy, message)
 
 
+def test_an_adapter_is_no_base_and_the_way_to_one_is_named(copy):
+    (copy / "config.json").rename(copy / "adapter_config.json")
+    refuses(copy, "it is an adapter; merge it with form=model first", Base.config)
+
+
 def test_pickled_weights_are_not_read(copy):
     (copy / "model.safetensors").unlink()
     torch.save({}, copy / "pytorch_model.bin")

@@ -98,7 +98,11 @@ class Base(Spec):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{self.folder} has no config.json: not a model folder") from None
+            adapter = (self.folder / "adapter_config.json").exists()
+            remedy = "it is an adapter; merge it with form=model first" if adapter else ""
+            raise InputError(
+                f"{self.folder} has no config.json: {remedy or 'not a model folder'}"
+            ) from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg})") from None
         if not isinstance(config, dict):

@@ -39,8 +39,8 @@ class Omp(DonorTransferrer):
 
     k: Annotated[int, Field(ge=1)] = 64
     """Shared tokens in a sum at most (the paper's and mergekit's default, for widths of thousands);
-    as many as the donor is wide write any row, noise and all: with a donor of width 64, 8 is better
-    by far."""
+    as many as the donor is wide write any row, noise and all: with a donor of width 64, 8 was the
+    better of the two in a single short run."""
     normalise: bool = True
     """Pick by the angle to a row, not by its length as well (ours; mergekit does not, and with one
     row in thirty five times as long, all its picks were those)."""
