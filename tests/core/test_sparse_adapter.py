@@ -401,24 +401,3 @@ def test_another_base_is_refused(llama, gpt2, tmp_path):
     other = Base(model=str(tiny.base_in(tmp_path / "wide", intermediate_size=32)))
     with pytest.raises(InputError, match=r"has shape \[\d+, \d+\], the base .*wide"):
         load(tmp_path, other)
-
-
-# Quantised bases.
-
-
-def test_a_quantised_base(llama, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    if not torch.cuda.is_available():
-        pytest.skip("bitsandbytes needs a GPU here")
-    from transformers import BitsAndBytesConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        llama.model, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
-    )
-    before = model(torch.tensor([[1, 4, 7]], device=model.device)).logits
-    model = given(model, seed=1)
-    ids = torch.tensor([[1, 4, 7]], device=model.device)
-    out = model(input_ids=ids, labels=ids)
-    assert not torch.allclose(out.logits, before)
-    out.loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

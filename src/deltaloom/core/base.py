@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,6 +36,10 @@ class Base(Spec):
     device map over all GPUs."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Hold the weights of linear modules in fewer bits by bitsandbytes: int8 (LLM.int8, Dettmers et
+    al. 2022) or nf4 with double quantisation (QLoRA, Dettmers et al. 2023). Only adapters can be
+    tuned on it; merging still writes to the weights as they are stored."""
     labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Names of the classes of a sequence classifier, in the order of its outputs; a row's answer is
     one of them. None is a causal language model."""
@@ -90,7 +95,11 @@ class Base(Spec):
         from deltaloom.core.tensors import TensorFolder
 
         TensorFolder(self.folder).close()
-        self.config()
+        if "quantization_config" in self.config():
+            raise InputError(
+                f"{self.folder / 'config.json'}: these weights are stored quantised; give the "
+                "model they were made from, with quantization: nf4 or int8 if it shall be small"
+            )
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
@@ -160,14 +169,16 @@ class Base(Spec):
     def load(self, dtype: str | None = None, *, new_head: bool = False) -> PreTrainedModel:
         """The model in evaluation mode, on its device.
 
-        `dtype` overrides the Base's. With `new_head` a classifier's head that the weights lack is
+        `dtype` overrides the Base's and is for weights that will be changed, which a quantised
+        base's cannot be. With `new_head` a classifier's head that the weights lack is
         made at random, for tuning or for an adapter that brings it. Raises InputError for a folder
-        that is no whole model.
+        that is no whole model, and for weights asked to change that are quantised.
         """
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         self._check_model()
         device = self.resolved_device()
+        quantised = self._quantised(device, dtype)
         kind = AutoModelForSequenceClassification if self.labels else AutoModelForCausalLM
         # A head of another number of classes is a RuntimeError.
         unfit = (OSError, ValueError, KeyError, *([RuntimeError] if self.labels else []))
@@ -175,9 +186,9 @@ class Base(Spec):
             loaded: Any = kind.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype,
-                device_map="balanced" if device == "balanced" else None,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **{"device_map": "balanced" if device == "balanced" else None, **quantised},
                 **self._classes(),
             )
         except unfit as error:
@@ -195,9 +206,39 @@ class Base(Spec):
                 f"{type(model).__name__}; "
                 + ("tune it first" if self.labels else "copy or download the model again")
             )
-        if device != "balanced":
+        if device != "balanced" and not quantised:
             model.to(device)  # pyright: ignore[reportArgumentType]
         return model.eval()
+
+    def _quantised(self, device: str, dtype: str | None) -> dict[str, Any]:
+        """What loading needs to be told of `quantization`."""
+        if self.quantization is None:
+            return {}
+        if dtype is not None:
+            self.refuse_change()
+        if not find_spec("bitsandbytes"):
+            raise InputError(
+                f"quantization = {self.quantization} needs bitsandbytes: "
+                "pip install 'deltaloom[quantized]' (or bitsandbytes)"
+            )
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_8bit=self.quantization == "int8",
+            load_in_4bit=self.quantization == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+        )
+        place = device if device == "balanced" else {"": device}
+        return {"quantization_config": config, "device_map": place}
+
+    def refuse_change(self) -> None:
+        """Raise InputError where the loaded weights cannot be changed, being quantised."""
+        if self.quantization is not None:
+            raise InputError(
+                f"{self.model}: quantization = {self.quantization} leaves weights that cannot be "
+                "changed; tune an adapter (lora, spiel, ...), or leave quantization out"
+            )
 
     def _classes(self) -> dict[str, Any]:
         """What a classifier's config must say."""

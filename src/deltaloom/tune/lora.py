@@ -8,7 +8,7 @@ W' = W + (alpha / r) B A with A (r, in) random, B (out, r) zero; only A and B ar
 Differs: all linear modules but the output head carry an adapter (QLoRA, section 4, finds this is
 what matters), where the paper adapts attention only; `modules` narrows it.
 
-Not covered: quantised bases; DoRA and other variants that are no low-rank change.
+Not covered: DoRA and other variants that are no low-rank change.
 """
 
 from __future__ import annotations

@@ -187,6 +187,7 @@ class Mezo(Tuner):
     def _model(self, base: Base, tokenizer: Any, seed: int) -> Any:
         """What runs, in evaluation mode: without dropout, as the official code does."""
         if self.tuned == "full":
+            base.refuse_change()
             return base.load()
         if self.tuned == "lora":
             from deltaloom.tune.lora import Lora

@@ -196,10 +196,12 @@ def _twins(tuned: TensorFolder, own: TensorFolder, base: Base) -> dict[str, str]
 def add_to_model(base: Base, delta: Delta) -> PreTrainedModel:
     """Load `base` and add `delta` to its parameters.
 
-    Raises InputError for a change of a tensor that the base lacks or only shares with another.
+    Raises InputError for a change of a tensor that the base lacks or only shares with another, and
+    for a quantised base.
     """
     import torch
 
+    base.refuse_change()
     model = base.load()
     state = model.state_dict()
     with torch.no_grad(), TensorFolder(base.folder) as stored:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,16 @@ class Sparse(Delta):
         describe(folder, self.kind, self.base)
 
     def apply(self, base: Base) -> PreTrainedModel:
-        """`base` with the change added in float32."""
-        return add_to_model(base, self)
+        """`base` with the change added in float32, or held beside weights that are quantised."""
+        if base.quantization is None:
+            return add_to_model(base, self)
+        from peft import PeftModel
+
+        import deltaloom.core.adapters  # noqa: F401  (makes the kind known to PEFT)
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return PeftModel.from_pretrained(base.load(), folder).eval()  # pyright: ignore
 
 
 def _config(folder: Path) -> dict[str, Any]:
