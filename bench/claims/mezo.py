@@ -42,12 +42,12 @@ CHOICES = [" good", " story"]
 """Of a sentence with an opinion, of one that tells a plot: the file's 0 and 1."""
 GRADIENT = {"epochs": 3, "batch_size": 16}
 MEZO = {"steps": 4000, "batch_size": 16, "eps": 1e-3, "schedule": "linear"}
-RATES = (1e-4, 2e-4, 4e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "full tuning": ("full", GRADIENT, (1e-3, 3e-3, 1e-2)),
     "LoRA": ("lora", GRADIENT, (3e-3, 1e-2, 3e-2)),
     "MeZO Gaussian": ("mezo", {**MEZO, "direction": "gaussian"}, RATES),
-    "MeZO low-rank": ("mezo", {**MEZO, "direction": "lowrank"}, RATES),
+    "MeZO low-rank": ("mezo", {**MEZO, "direction": "lowrank"}, (*RATES, 1.6e-3)),
     "MeZO Rademacher": ("mezo", {**MEZO, "direction": "rademacher"}, RATES),
 }
 """Arm -> method, settings, learning rates to choose from."""
