@@ -386,6 +386,31 @@ def test_a_classifier_judges_by_its_outputs(lab, rows, run):
         Judge(ties=True).measure(model, lab.tokenizer(), rows(*pairs(6)), run)
 
 
+def test_a_classifier_of_numbers_rates_and_needs_no_order(lab, tmp_path, rows):
+    torch.manual_seed(0)
+    model = lab.model_copy(update={"labels": ("0", "1")}).load(new_head=True)
+    tokenizer = lab.tokenizer()
+    given = [
+        {"id": str(k), "prompt": "t", "output_1": a, "output_2": b, "label": 1}
+        for k, (a, b) in enumerate([("tom", "a red hat"), ("a red hat", "tom"), ("tom", "tom")])
+    ]
+    with Run.open(tmp_path / "run", {"steps": []}, {}, seed=0) as run:
+        found = Judge().measure(model, tokenizer, rows(*given), run)
+        lines = (run.folder / "verdicts.jsonl").read_text().splitlines()
+        one, two, same = (json.loads(line) for line in lines)
+        assert one["ratings"] == two["ratings"][::-1]
+        assert (one["ratings"][0] > one["ratings"][1]) == (one["verdict"] == "A")
+        assert {one["verdict"], two["verdict"], same["verdict"]} == {"A", "B", "tie"}
+        assert found.value == 0.5
+        with pytest.raises(InputError, match="'probes' turn a response"):
+            Judge(probes=["length"]).measure(model, tokenizer, rows(*given), run)
+        with pytest.raises(InputError, match="label 'x': responses are rated by numbers"):
+            Judge(labels=["x", "y"], shown="apart").measure(model, tokenizer, rows(*given), run)
+        best = {"prompt": "t", "chosen": ["a"], "rejected": ["b"]}
+        with pytest.raises(InputError, match="leave out shown=together"):
+            Judge(shown="together").measure(model, tokenizer, rows(best), run)
+
+
 def test_as_a_step_without_a_base(tmp_path):
     tasks = tmp_path / "llmbar.json"
     tasks.write_text(json.dumps(pairs(8)))

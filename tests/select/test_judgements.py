@@ -119,6 +119,7 @@ def test_instructions_are_mixed_in_as_they_are(tmp_path):
     [
         ([pair(0), {**pair(1), "label": None}], {}, "line 2: has no label"),
         ([score(0), score(1), {**score(2), "score": None}], {}, "line 3: has no label"),
+        ([{"prompt": "t", "chosen": ["a"], "rejected": ["b"]}], {}, "line 1: several responses"),
         ([score(0), score(1)], {"labels": ["2", "3"]}, "line 1: label '1' is none of the verdicts"),
     ],
 )

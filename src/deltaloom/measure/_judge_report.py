@@ -11,7 +11,8 @@ from deltaloom.core.agreement import correlation, kappa, krippendorff_alpha, pab
 from deltaloom.core.corrected import prediction_powered, rogan_gladen
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
-from deltaloom.measure._judgements import FIRST, TIE
+from deltaloom.measure._judgements import FIRST, TIE, in_ties
+from deltaloom.measure._ratings import by_ties, mean_of_subsets, worth_of_best
 from deltaloom.measure._rulings import Ruling
 
 BINS = 10
@@ -40,9 +41,14 @@ SECTIONS = {
 
 
 def right(one: Ruling) -> float | None:
-    """1 for what people said, a half for a tie where they named a winner, else 0."""
+    """1 for what people said, a half for a tie where they named a winner, else 0.
+
+    Of several responses, what RewardBench 2 gives (see `worth_of_best`).
+    """
     if one.verdict is None or one.judged.label is None:
         return None
+    if one.judged.format == "best":
+        return worth_of_best(one.judged, one.ratings)
     if one.verdict == one.judged.label:
         return 1.0
     return (
@@ -219,7 +225,10 @@ def win_rates(rulings: Sequence[Ruling]) -> dict[str, dict[str, Estimate]]:
 
 
 def by_subset(rulings: Sequence[Ruling]) -> dict[str, Estimate]:
-    """Accuracy by subset, and RewardBench's sections where its subsets are there."""
+    """Accuracy by subset, and RewardBench's sections where its subsets are there.
+
+    Of RewardBench 2 the score of Ties, and the mean over its subsets.
+    """
     subsets: dict[str, list[Ruling]] = {}
     for one in rulings:
         if one.judged.subset is not None and right(one) is not None:
@@ -232,6 +241,11 @@ def by_subset(rulings: Sequence[Ruling]) -> dict[str, Estimate]:
         )
         for name, rows in sorted(subsets.items())
     }
+    if rulings[0].judged.format == "best":
+        scores = {name: by_ties(rulings) if in_ties(name) else one for name, one in found.items()}
+        found = {name: one for name, one in scores.items() if one is not None}
+        mean = mean_of_subsets(found)
+        return found if mean is None else {**found, "rewardbench2": mean}
     for section, weights in SECTIONS.items():
         inside = {name: rows for name, rows in subsets.items() if name in weights}
         if inside:

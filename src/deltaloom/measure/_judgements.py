@@ -1,14 +1,15 @@
 """Judgements: what a judge is asked and what people said, from the files that benchmarks ship.
 
-A row is pairwise (two responses, which is better), pointwise (one response and a number),
-classification (a text and its class) or an open critique (one response and a text about it). The
-columns decide, and these spellings are known:
+A row is pairwise (two responses, which is better), best-of-n (right responses and wrong ones),
+pointwise (one response and a number), classification (a text and its class) or an open critique
+(one response and a text about it). The columns decide, and these spellings are known:
 
 | what | columns |
 |---|---|
 | the instruction | `prompt`, `instruction`, `question`, `input`, `messages` |
 | two responses | `output_1`, `output_2` (LLMBar); `chosen`, `rejected` (RewardBench) |
 | | `response_a`, `response_b`; `answer_a`, `answer_b`; `response_1`, `response_2` |
+| several responses | `chosen` and `rejected`, each a list of texts (RewardBench 2) |
 | who is better | `label`, `winner` or `preference`: 1, 2, a, b, model_a, model_b, 0, tie |
 | one response's number | `score`, `rating` or a number as `label` |
 | classes | `choices` and `answer`; or `label` with the judge's `labels` |
@@ -25,7 +26,7 @@ from typing import Any, Literal
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Example, Examples
 
-Format = Literal["pairwise", "pointwise", "classification", "critique"]
+Format = Literal["pairwise", "best", "pointwise", "classification", "critique"]
 PAIRS = (
     ("output_1", "output_2"),
     ("chosen", "rejected"),
@@ -57,7 +58,8 @@ class Judgement:
     format: Format
     instruction: str
     responses: tuple[str, ...]
-    """Two, one, or none where the instruction holds what is to be classified."""
+    """Two, one, several of which the first `right` are right, or none where the instruction holds
+    what is to be classified."""
     verdicts: tuple[str, ...]
     """What the judge may say; empty for critiques."""
     label: str | None
@@ -67,6 +69,13 @@ class Judgement:
     models: tuple[str, str] | None = None
     """Who wrote the two responses."""
     cluster: str | None = None
+    right: int = 0
+    """Of a best-of-n row, how many of the first responses are right."""
+
+
+def in_ties(subset: str | None) -> bool:
+    """Whether this is RewardBench 2's subset of prompts with several right answers."""
+    return subset is not None and subset.lower() == "ties"
 
 
 def judgements(
@@ -98,6 +107,7 @@ def columns(format: Format) -> str:
     """Where the label of a row of this format is looked for."""
     return {
         "pairwise": "'label', 'winner' or 'preference'",
+        "best": "'chosen' and 'rejected'",
         "pointwise": "'score', 'rating' or 'label'",
         "classification": "'answer' or 'label'",
         "critique": "'critique'",
@@ -116,6 +126,8 @@ def read_judgement(example: Example, labels: Sequence[str], ties: bool) -> Judge
         "cluster": example.cluster,
     }
     sides = next((pair for pair in PAIRS if pair[0] in row or pair[1] in row), None)
+    if sides == ("chosen", "rejected") and _is_texts(row.get("chosen")):
+        return _best(example, shared)
     if sides is not None:
         return _pairwise(example, sides, ties, shared)
     response = _response(example)
@@ -135,7 +147,7 @@ def read_judgement(example: Example, labels: Sequence[str], ties: bool) -> Judge
             **shared,
         )
     given = next((row[name] for name in SCORES if row.get(name) is not None), None)
-    if response and (_is_number(given) or (given is None and all(map(_is_number, labels)))):
+    if response and (is_number(given) or (given is None and all(map(is_number, labels)))):
         label = None if given is None else number(given)
         return Judgement(
             format="pointwise", responses=response, verdicts=tuple(labels), label=label, **shared
@@ -179,6 +191,32 @@ def _pairwise(
     )
 
 
+def _best(example: Example, shared: dict[str, Any]) -> Judgement:
+    """Right responses and wrong ones, as RewardBench 2 has them."""
+    chosen, rejected = example.extra["chosen"], example.extra.get("rejected")
+    if not _is_texts(rejected):
+        raise InputError(f"{example.where}: 'rejected' must be a list of texts, as 'chosen' is")
+    if in_ties(shared["subset"]):
+        kind, _, prompt = example.id.partition(":")
+        if kind not in ("ref", "tied") or not prompt or (kind == "tied" and len(chosen) < 2):
+            raise InputError(
+                f"{example.where}: id {example.id!r}: rows of the subset Ties are called ref:N, or "
+                "tied:N with two or more 'chosen'"
+            )
+    return Judgement(
+        format="best",
+        responses=(*chosen, *rejected),
+        verdicts=("right", "wrong"),
+        label="right",
+        right=len(chosen),
+        **shared,
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
 def with_seen(found: list[Judgement]) -> list[Judgement]:
     """Judgements whose verdicts are the labels that occur, where the rows do not list them."""
     seen = {one.label for one in found if not one.verdicts and one.label is not None}
@@ -205,7 +243,8 @@ def number(given: Any) -> str:
     return str(int(value)) if value.is_integer() else str(value)
 
 
-def _is_number(given: Any) -> bool:
+def is_number(given: Any) -> bool:
+    """Whether it is a number, or is written like one."""
     try:
         float(given)
     except (TypeError, ValueError):

@@ -47,6 +47,8 @@ class Ruling:
     """Of one order, what both say (a tie where they differ), or the likeliest by their mean. None
     where an order failed."""
     opinions: tuple[Opinion, ...]
+    ratings: tuple[float, ...] = ()
+    """Of each response, where they were rated one by one and all have a rating."""
 
     @property
     def failure(self) -> str | None:

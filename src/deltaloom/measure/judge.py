@@ -3,16 +3,18 @@
 Paper: Vu et al. 2024, "Foundational Autoraters: Taming Large Language Models for Better Automatic
 Evaluation" (FLAMe, arXiv 2407.10817), its text-to-text form and task types; the bias probes are
 CoBBLEr's (Koo et al. 2023, arXiv 2309.17012); position is swapped as in MT-Bench (Zheng et al.
-2023, arXiv 2306.05685); corrected scores are prediction-powered (Angelopoulos et al. 2023, arXiv
-2301.09633, see `core/corrected.py`).
+2023, arXiv 2306.05685); the best of several responses is RewardBench 2's (Malik et al. 2025, arXiv
+2506.01937, see `_ratings.py`); corrected scores are prediction-powered (Angelopoulos et al. 2023,
+arXiv 2301.09633, see `core/corrected.py`).
 
 Formula: by likelihood the verdict is `argmax_v log p("verdict: v" | prompt)`, with probabilities
 the softmax over the verdicts v. A pairwise row is asked in both orders; by likelihood the two
 probabilities are averaged, a written verdict must be the same in both, else it is a tie. An item is
 1 where the verdict is people's, a half where one of the two is a tie, 0 otherwise; a row without a
 verdict is counted in `missing`, never as 0. A sequence classifier whose `labels` are the verdicts
-(`[A,B]`) is a judge too. Critiques are written, and an item is the F1 of their words with people's
-critique (SQuAD's).
+(`[A,B]`) is a judge too. Several responses, and two with `shown: apart`, are rated one by one, and
+the highest mean rating `sum_v v p(v)` wins. Critiques are written, and an item is the F1 of
+their words with people's critique (SQuAD's).
 
 `unlabelled: correct` takes files of which only some rows, drawn at random, have a label: all are
 judged, and the value is the share of first responses that win (the mean score, the share of the
@@ -27,7 +29,8 @@ Differs: FLAMe decodes at temperature 0 and reads the answer (here `verdict: gen
 is the default, as it needs no parsing. CoBBLEr compares a judge's own writing with others'; here
 every probe perturbs the response that had lost and counts how often it wins then.
 
-Not covered: best-of-n and RewardBench 2's ties; names of models as a bias (compassion fade).
+Not covered: RewardBench 2's prompt that shows four responses at once; models with one raw output;
+names of models as a bias (compassion fade).
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ from deltaloom.measure import _judge_report as reports
 from deltaloom.measure._classes import classes_of
 from deltaloom.measure._items import length_limit, note, require_rows
 from deltaloom.measure._judge_prompts import critique_in
-from deltaloom.measure._judgements import Judgement, judgements
+from deltaloom.measure._judgements import Judgement, is_number, judgements
+from deltaloom.measure._ratings import SCALE, rate
 from deltaloom.measure._rulings import (
     Orders,
     Probe,
@@ -84,6 +88,10 @@ class Judge(Measurer):
     orders: Orders = "both"
     """Orders in which two responses are shown: both (MT-Bench), one at random (RewardBench), or as
     they are given."""
+    shown: Literal["auto", "together", "apart"] = "auto"
+    """Whether two responses are in one prompt, or each is rated by itself and the higher mean
+    rating wins. auto is apart for sequence classifiers whose labels are numbers, as reward models
+    are; more than two are always rated apart (RewardBench 2)."""
     settle: Literal["auto", "agree", "mean"] = "auto"
     """What two orders come to: the verdict that both say, else a tie (MT-Bench), or the likeliest
     after averaging their probabilities (as AlpacaEval weighs preferences by likelihood). auto is
@@ -92,7 +100,8 @@ class Judge(Measurer):
     """Whether a judge of two responses may say tie (MT-Bench's C)."""
     labels: list[str] = []
     """Verdicts of pointwise and classification rows, like [1,2,3,4,5]; those that occur as labels
-    when empty."""
+    when empty. Of responses rated apart, the ratings: a classifier's own when empty, else 1 to 10
+    (RewardBench 2)."""
     unlabelled: Literal["refuse", "correct"] = "refuse"
     """What to do with rows that have no label: refuse the file, or judge them too and correct the
     score by the rows that have one."""
@@ -141,6 +150,7 @@ class Judge(Measurer):
 
     def work(self, sizes: Sizes) -> Work:
         """Every row in its orders, with each verdict or what is written, and once more a probe."""
+        # Two responses apart are two prompts, as in both orders; of more nothing is known here.
         times = (2 if self.orders == "both" else 1) * (1 + len(self.probes))
         each = sizes.row_tokens + (0 if self.verdict == "likelihood" else self.max_new_tokens)
         tokens = 0.0 if isinstance(self.judge, Endpoint) else sizes.rows * times * each
@@ -156,15 +166,7 @@ class Judge(Measurer):
         found = judgements(data, self.labels, self.ties, self.unlabelled == "correct")
         judge = self._asked(model, tokenizer, found[0], run)
         before = dict(run.record["cost"])
-        rulings = rule(
-            found,
-            judge,
-            run,
-            orders=self.orders,
-            settle=self._settle,
-            explain=self.explain,
-            contextual=self.contextual and self.verdict == "likelihood",
-        )
+        rulings = self._rulings(found, judge, run)
         if found[0].format == "critique":
             estimate, report = _critiques(rulings), {}
         else:
@@ -174,6 +176,51 @@ class Judge(Measurer):
         note(run, failed_rows=sum(one.verdict is None for one in rulings), truncated_rows=judge.cut)
         spent = {key: run.record["cost"].get(key, 0.0) - before.get(key, 0.0) for key in COSTS}
         return replace(estimate, cost={key: value for key, value in spent.items() if value})
+
+    def _rulings(self, found: Sequence[Judgement], judge: Judging, run: Run) -> list[Ruling]:
+        """Every judgement ruled on, its responses shown together or apart."""
+        contextual = self.contextual and self.verdict == "likelihood"
+        scale = self._scale(found[0], judge)
+        if scale:
+            return rate(found, judge, run, scale, explain=self.explain, contextual=contextual)
+        return rule(
+            found,
+            judge,
+            run,
+            orders=self.orders,
+            settle=self._settle,
+            explain=self.explain,
+            contextual=contextual,
+        )
+
+    def _scale(self, first: Judgement, judge: Judging) -> Sequence[str]:
+        """The ratings of responses that are shown apart; empty where they are not."""
+        if first.format not in ("pairwise", "best") or self.shown == "together":
+            if first.format == "best":
+                raise InputError(
+                    f"{first.where}: several responses are rated one by one: leave out "
+                    "shown=together"
+                )
+            return ()
+        own = judge.labels if isinstance(judge, Classes) else []
+        rates = bool(own) and all(map(is_number, own))
+        if first.format == "pairwise" and self.shown == "auto" and not rates:
+            return ()
+        scale = self.labels or own or SCALE
+        word = next((label for label in scale if not is_number(label)), None)
+        if word is not None:
+            raise InputError(f"label {word!r}: responses are rated by numbers; set labels=")
+        if self.probes:
+            raise InputError(
+                "'probes' turn a response shown beside another: leave them out, or set "
+                "shown=together for pairs"
+            )
+        if self.unlabelled == "correct" and first.format == "best":
+            raise InputError(
+                f"{first.where}: best-of-n rows are labelled by their columns: leave out "
+                "unlabelled=correct"
+            )
+        return scale
 
     def _asked(self, model: Any, tokenizer: Any, first: Judgement, run: Run) -> Judging:
         """Whoever is asked, and how."""
@@ -209,7 +256,8 @@ class Judge(Measurer):
         if all(one.verdict is None for one in rulings):
             reason = next((one.failure for one in rulings if one.failure), "it stated none")
             raise InputError(f"the judge gave no verdict on any of {len(rulings)} rows ({reason})")
-        scores = reports.corrected(rulings)
+        best = rulings[0].judged.format == "best"  # of which every label is "right"
+        scores = {} if best else reports.corrected(rulings)
         biases = order_bias(rulings)
         for probe in self.probes if rulings[0].judged.format == "pairwise" else ():
             found = probed(
@@ -227,7 +275,7 @@ class Judge(Measurer):
             "format": rulings[0].judged.format,
             "verdicts": dict(Counter(one.verdict for one in rulings if one.verdict is not None)),
             "failures": dict(Counter(one.failure for one in rulings if one.failure)),
-            "agreement": _plain(reports.agreement(rulings, clusters)),
+            "agreement": {} if best else _plain(reports.agreement(rulings, clusters)),
             "self_agreement": _plain(reports.self_agreement(rulings)),
             "subsets": _plain(reports.by_subset(rulings)),
             "biases": _plain(biases | longer_wins(rulings)),
@@ -289,6 +337,7 @@ def _keep(run: Run, rulings: Sequence[Ruling]) -> None:
             "verdict": one.verdict,
             "orders": list(one.said),
             "shares": {verdict: round(share, 6) for verdict, share in one.shares.items()},
+            "ratings": [round(rating, 6) for rating in one.ratings],
             "texts": [text for opinion in one.opinions for text in opinion.texts],
             "failure": one.failure,
         }

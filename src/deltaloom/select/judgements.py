@@ -94,6 +94,11 @@ class Judgements(Selector):
 
     def _written(self, one: Judgement, source: str, rng: random.Random, form: str) -> list[Example]:
         """The rows of one judgement."""
+        if one.format == "best":
+            raise InputError(
+                f"{one.where}: several responses are for measuring; give each as a row with its "
+                "'score', or pairs"
+            )
         if one.label is None:
             raise InputError(f"{one.where}: has no label ({columns(one.format)}); add it")
         if one.verdicts and one.label not in one.verdicts:
