@@ -43,27 +43,24 @@ class Marked:
         return found
 
     def tables(self) -> dict[str, Any]:
-        """Full marks and concept fraction by k, and the share of yes by category."""
+        """Full marks, concept fraction and the share of yes by category, by k and over all."""
         by_k = {}
         for k, scenes in self._by_k().items():
             if any(self._whole(one) is not None for one in scenes):
-                pairs = [(one, number) for one in scenes for number in range(len(one.concepts))]
                 by_k[str(k)] = {
                     "full_marks": self._full(scenes).to_json(),
-                    "concept_fraction": self._share(pairs, "concept_fraction"),
+                    "concept_fraction": self._share(_concepts(scenes), "concept_fraction"),
+                    "categories": self._categories(scenes),
                 }
-        categories = {}
-        for category in CATEGORIES:
-            pairs = [
-                (one, number)
-                for one in self.scenes
-                for number, concept in enumerate(one.concepts)
-                if concept.category == category
-            ]
-            found = self._share(pairs, f"{category}_share")
-            if found is not None:
-                categories[category] = found
-        return {"k": by_k, "categories": categories}
+        return {"k": by_k, "categories": self._categories(self.scenes)}
+
+    def _categories(self, scenes: Sequence[Scene]) -> dict[str, Any]:
+        """Share of yes by category, of those that were asked about."""
+        shares = {
+            category: self._share(_concepts(scenes, category), f"{category}_share")
+            for category in CATEGORIES
+        }
+        return {category: share for category, share in shares.items() if share is not None}
 
     def _by_k(self) -> dict[int, list[Scene]]:
         found: dict[int, list[Scene]] = {}
@@ -95,6 +92,16 @@ class Marked:
         return Estimate.from_items(
             items, metric=metric, clusters=clusters, missing=missing
         ).to_json()
+
+
+def _concepts(scenes: Sequence[Scene], category: str | None = None) -> list[tuple[Scene, int]]:
+    """Scenes with the places of their concepts, of one category or all."""
+    return [
+        (one, number)
+        for one in scenes
+        for number, concept in enumerate(one.concepts)
+        if category in (None, concept.category)
+    ]
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,10 @@ def _composition(label: str, path: Path) -> Composition:
         ks = tuple(sorted(int(k) for k in document["by_k"]))
         skills: dict[str, dict[int, Cell]] = {}
         for row in document["by_skill"]:
-            skills.setdefault(str(row["skill"]), {})[int(row["k"])] = _cell(row)
-        full = tuple(_cell(document["by_k"][str(k)]["full_marks"]) for k in ks)
+            skills.setdefault(str(row["skill"]), {})[int(row["k"])] = heat_cell(row)
+        full = tuple(heat_cell(document["by_k"][str(k)]["full_marks"]) for k in ks)
         costs = document["efficiency"]
-        efficiency = tuple(_cell(costs[str(k)]) if costs.get(str(k)) else None for k in ks)
+        efficiency = tuple(heat_cell(costs[str(k)]) if costs.get(str(k)) else None for k in ks)
         counts = tuple(
             (key.replace("_", " "), numbers.tick(value))
             for key, value in document["counts"].items()
@@ -101,7 +101,8 @@ def _composition(label: str, path: Path) -> Composition:
     return Composition(label, ks, full, efficiency, rows, counts, good, bad)
 
 
-def _cell(one: dict[str, Any]) -> Cell:
+def heat_cell(one: dict[str, Any]) -> Cell:
+    """An Estimate's JSON as a cell; ValueError, KeyError or TypeError for anything else."""
     value, low, high = (number(one[key]) for key in ("value", "low", "high"))
     if value is None:
         raise ValueError("a value is no number")

@@ -103,7 +103,7 @@ def _judged(report: Report, step: Step, path: Path) -> Judged:
         scores=_cells(found.get("scores", {}), {key: key.replace("_", "–") for key in SCORES}),
         subsets=_cells(found.get("subsets", {}), {key: key for key in found.get("subsets", {})}),
         wins=tuple(
-            (model, _cell(sides.get("judge")), _cell(sides.get("people")))
+            (model, cell(sides.get("judge")), cell(sides.get("people")))
             for model, sides in found.get("win_rates", {}).items()
         ),
         failures=tuple(found.get("failures", {}).items()),
@@ -121,7 +121,7 @@ def _differing(path: Path) -> Iterator[tuple[float, Disagreement]]:
         shares = row.get("shares")
         share = number(shares.get(judge)) if isinstance(shares, dict) else None
         texts = [str(text) for text in row.get("responses") or ()]
-        names = ("A", "B") if len(texts) == 2 else ("Response",)
+        names = {1: ("Response",), 2: ("A", "B")}.get(len(texts), range(1, 1 + len(texts)))
         yield (
             share or 0.0,
             Disagreement(
@@ -139,11 +139,12 @@ def _differing(path: Path) -> Iterator[tuple[float, Disagreement]]:
 def _cells(found: Any, names: Mapping[str, str]) -> tuple[tuple[str, Cell], ...]:
     if not isinstance(found, dict):
         return ()
-    made = ((shown, _cell(found.get(key))) for key, shown in names.items())
-    return tuple((shown, cell) for shown, cell in made if cell is not None)
+    made = ((shown, cell(found.get(key))) for key, shown in names.items())
+    return tuple((shown, one) for shown, one in made if one is not None)
 
 
-def _cell(one: Any) -> Cell | None:
+def cell(one: Any) -> Cell | None:
+    """An Estimate's JSON as it is shown; None for anything else."""
     if not isinstance(one, dict) or number(one.get("value")) is None:
         return None
     ends = [float("nan") if one.get(end) is None else float(one[end]) for end in ("low", "high")]

@@ -16,6 +16,7 @@ from deltaloom.core.atomic import write_text
 from deltaloom.core.errors import InputError
 from deltaloom.report import (
     composition,
+    concepts,
     cost,
     headline,
     judging,
@@ -81,6 +82,7 @@ def render(report: Report) -> str:
         mixtures=[_mixture(one) for one in mixture.mixtures(report)],
         staged=stages.staged(report),
         compositions=composition.compositions(report),
+        conceptmixes=concepts.concepts(report),
         judgings=judging.judgings(report),
         suspicions=[_suspicion(one) for one in suspicion.suspicions(report)],
         inputs=provenance.inputs(report),
