@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from deltaloom.core.errors import InputError, suggest
+from deltaloom.core.places import PLACE
 from deltaloom.core.run import Run
 from deltaloom.core.spec import Spec
 from deltaloom.engine.chat import Speaker
@@ -36,13 +37,13 @@ class Pool:
 class Asking(Spec):
     """How texts are asked for and graded."""
 
-    grader: Speaker | None = None
+    grader: Annotated[Speaker | None, PLACE] = None
     """Who gives the points: `http://host/v1#model` or a base; None takes the skills' own checks."""
-    skills: str | None = None
+    skills: Annotated[str | None, PLACE] = None
     """File of skills; None takes the package's 46, of which 28 have a check."""
-    topics: str | None = None
+    topics: Annotated[str | None, PLACE] = None
     """File of topics; None takes the package's 30."""
-    wording: str | None = None
+    wording: Annotated[str | None, PLACE] = None
     """File of the wordings to ask with; None takes the package's, after the published ones."""
     only: list[str] = []
     """Skills or categories to draw from; all when empty."""

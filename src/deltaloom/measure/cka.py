@@ -25,7 +25,7 @@ only one of two tokenizers can say.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 from pydantic import Field
 
@@ -35,6 +35,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.run import Run
 from deltaloom.measure._items import clusters_of, length_limit, note, require_rows
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 class Cka(Measurer):
     """Representational compatibility with another model."""
 
-    other: str | None = None
+    other: Annotated[str | None, PLACE] = None
     """What to compare with: a model, or a delta of the same base (folder or hub id); None is the
     base itself, so that the value says how far the measured model went from it."""
     pooling: Literal["mean", "weighted", "last"] = "mean"

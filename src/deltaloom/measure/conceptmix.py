@@ -47,6 +47,7 @@ from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.run import Run
 from deltaloom.engine.chat import BaseChat, Kept, Speaker, open_chat
 from deltaloom.engine.endpoint import Endpoint, endpoint_of
@@ -97,11 +98,11 @@ class ConceptMix(Measurer):
     pipelines), or a JSON file with a list for each category."""
     images: Literal["drawing", "renderer", "pipeline", "endpoint", "folder"] = "drawing"
     """Where images come from; `drawing` is the measured base itself."""
-    source: Annotated[Endpoint | str | None, BeforeValidator(_as_source)] = None
+    source: Annotated[Endpoint | str | None, BeforeValidator(_as_source), PLACE] = None
     """The pipeline's hub id or folder, `http://host/v1#model`, or the folder of images."""
-    writer: Speaker | None = None
+    writer: Annotated[Speaker | None, PLACE] = None
     """Who writes the prompts: `http://host/v1#model`, or a base. None writes them by rule."""
-    grader: Annotated[Speaker | None, BeforeValidator(_as_grader)] = None
+    grader: Annotated[Speaker | None, BeforeValidator(_as_grader), PLACE] = None
     """Who answers the questions: `http://host/v1#model`, or an image-text model of transformers.
     None (`exact`) reads the pixels of images drawn here."""
     noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.0

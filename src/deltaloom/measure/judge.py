@@ -49,6 +49,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.run import Run
 from deltaloom.engine.chat import BaseChat, Chat, Kept, Speaker, open_chat
 from deltaloom.engine.endpoint import Endpoint
@@ -80,7 +81,7 @@ class Judge(Measurer):
 
     classifiers = True
 
-    judge: Speaker | None = None
+    judge: Annotated[Speaker | None, PLACE] = None
     """Who judges: `http://host/v1#model`, or a base; None is the measured base itself."""
     verdict: Literal["likelihood", "generated"] = "likelihood"
     """Whether the verdict is the likeliest one or is read from what the judge writes. An endpoint's

@@ -42,6 +42,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.run import Run
 from deltaloom.measure._differentiable import differentiable
 from deltaloom.measure._items import clusters_of, length_limit, note, require_rows
@@ -75,7 +76,7 @@ class Kernel(Measurer):
     """Rank of the fresh adapter (PEFT's default: 8)."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Parts of the rows; each is predicted from the others (ours)."""
-    train: str | None = None
+    train: Annotated[str | None, PLACE] = None
     """File of rows to train on instead of folds; the measured rows are then only predicted."""
     ridge: Annotated[float, Field(ge=0)] = 0.0
     """Added to the kernel's diagonal, in units of its largest eigenvalue or singular value; 0 is

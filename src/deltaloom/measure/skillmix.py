@@ -44,6 +44,7 @@ from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Measurer, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.run import Run
 from deltaloom.engine.chat import Speaker
 from deltaloom.engine.endpoint import Endpoint
@@ -75,7 +76,7 @@ class SkillMix(Asking, Measurer):
     optional: ClassVar[frozenset[str]] = frozenset({"tasks"})
     trial: ClassVar[dict[str, Any]] = {"combinations": 4, "k": [1, 3], "max_new_tokens": 8}
 
-    student: Speaker | None = None
+    student: Annotated[Speaker | None, PLACE] = None
     """Who is measured where no base is: `http://host/v1#model`, or a base that is no step's."""
     k: Annotated[list[Count], Field(min_length=1)] = [1, 2, 3, 4, 5]
     """How many skills a text must show (the paper: 2 to 6; 1 is for the efficiency)."""

@@ -21,6 +21,7 @@ from deltaloom.core.estimate import Estimate, compare, holm
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer, get
 from deltaloom.core.origin import Origin
+from deltaloom.core.places import fingerprint, moved, places
 from deltaloom.core.progress import say
 from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.core.source_weights import SourceWeights, epoch
@@ -48,9 +49,13 @@ class Inputs:
     """A step's inputs, resolved: earlier steps become folders, names become rows and bases."""
 
     def __init__(self, planned: Planned, earlier: Mapping[str, Path]) -> None:
-        self.step, self.method = planned.step, planned.method
-        self.earlier = earlier
+        self.step, self.earlier = planned.step, earlier
+        self.method = moved(planned.method, self.folder)
         self.hashes: dict[str, str] = {}
+        for key, name in places(planned.method):
+            path = Path(self.folder(name)).expanduser()
+            if path.exists():
+                self.hashes[f"{key} {name}"] = fingerprint(path)
         self.base = self._base()
         self.data = {key: self._examples(key) for key in self.step.data_keys}
         for name in getattr(self.step, "deltas", None) or ():
@@ -148,7 +153,8 @@ def run_step(
         if isinstance(planned.step, SharedStep):
             run.workers = Workers(planned.step.workers, planned.step.cluster)
         say(f"{planned.step.name}: {planned.step.verb} {planned.step.method} -> {folder}")
-        results = DOING[planned.step.verb](planned, inputs, run)
+        found = Planned(planned.step, inputs.method)
+        results = DOING[planned.step.verb](found, inputs, run)
         run.finish(**results)
         return run.record
 

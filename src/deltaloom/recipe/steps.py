@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.method import VERBS, Measurer, Method, get, methods
+from deltaloom.core.places import moved
 from deltaloom.core.spec import Spec, explain, field_help
 
 
@@ -200,7 +201,8 @@ class Planned:
         if self.step.base is not None:
             model = folder_of(self.step.base.model)
             changes["base"] = self.step.base.model_copy(update={"model": model})
-        return Planned(_absolute(self.step.model_copy(update=changes)), self.method)
+        step = _absolute(self.step.model_copy(update=changes))
+        return Planned(step, moved(self.method, folder_of))
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
             f"{where}: {verb} {entry.name} does not work on sequence classifiers; "
             "leave out base.labels or choose another method"
         )
-    return Planned(_absolute(step), method)
+    return Planned(_absolute(step), moved(method, _path))
 
 
 def _subject(method: Method) -> str | None:

@@ -31,6 +31,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Selection, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.select._budget import BudgetSelector
 from deltaloom.select._inputs import absolute
 
@@ -53,7 +54,7 @@ class Delift(BudgetSelector):
     neighbours: Annotated[int | None, Field(ge=1)] = 16
     """Examples that each row is asked with, its nearest of pool, target and given each; null asks
     it with all of them, as the paper does (ours: 16)."""
-    given: str | None = None
+    given: Annotated[str | None, PLACE] = None
     """Rows that the base has been tuned on: file, folder or dataset id. What they help with already
     is not chosen for again (the paper's continual stage)."""
     eta: Annotated[float, Field(ge=0)] = 1.0

@@ -29,6 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Selection, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.select._budget import BudgetSelector
 from deltaloom.select._inputs import absolute
 
@@ -58,7 +59,7 @@ class Facility(BudgetSelector):
     features: list[str] = []
     """Folders of stored features that have a row for each id of pool, target and given; the base's
     hidden states when left out."""
-    given: str | None = None
+    given: Annotated[str | None, PLACE] = None
     """Rows that need no more like them: file, folder or dataset id."""
     neighbours: Annotated[int | None, Field(ge=1)] = None
     """Most similar rows kept for each row, others count as zero: less time and memory for large

@@ -27,6 +27,7 @@ from pydantic import Field, field_validator
 
 from deltaloom.core.base import BaseField
 from deltaloom.core.method import Selection, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.select._budget import BudgetSelector
 from deltaloom.select._picking import Pick
@@ -51,7 +52,7 @@ class Less(BudgetSelector):
 
     needs: ClassVar[frozenset[str]] = frozenset({"target", "base"})
 
-    proxy: BaseField | None = None
+    proxy: Annotated[BaseField | None, PLACE] = None
     """Model whose gradients are used instead of the base's: a small model of the same family
     selects for a large one at its own price (the paper's LESS-T)."""
     warmup_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05

@@ -27,6 +27,7 @@ from deltaloom.core.atomic import write_text
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Measurer, Selection, Sizes, Work, get
+from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.core.spec import canonical
@@ -60,9 +61,9 @@ class Regress(MixtureSelector):
     tuning: Lora = Lora()
     """How each is tuned, at a constant lr; epochs do not count. Keys given replace these one by
     one."""
-    proxy: BaseField | None = None
+    proxy: Annotated[BaseField | None, PLACE] = None
     """Model that is tuned instead of the base: a small one of the same family, at its price."""
-    trials: str | None = None
+    trials: Annotated[str | None, PLACE] = None
     """`trials.jsonl` of another selection, or of runs made elsewhere, instead of making any: one
     object a line with `weights` by source and `losses` by target."""
     measure: str = "loss"

@@ -34,6 +34,7 @@ from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Example, Examples
 from deltaloom.core.features import Features
 from deltaloom.core.method import Selection, Selector, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.core.run import Run
 from deltaloom.core.spec import digest
@@ -62,7 +63,7 @@ class SkillRich(Asking, Selector):
         "only_topics": ["gardening", "cooking", "libraries", "coffee", "clocks"],
     }
 
-    writer: Speaker | None = None
+    writer: Annotated[Speaker | None, PLACE] = None
     """Who writes the texts; None is the step's base. Not looked at where there is a pool."""
     k: Annotated[list[Count], Field(min_length=1)] = [1, 2, 3]
     """How many skills a row may show (the paper: 1 to 3; nothing above is ever seen)."""

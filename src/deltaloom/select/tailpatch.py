@@ -30,6 +30,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Measurer, Selection, Sizes, Work, get
+from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.select._inputs import absolute
 from deltaloom.select._mixing import MixtureSelector, amounts_of
@@ -54,7 +55,7 @@ class Tailpatch(MixtureSelector):
     needs: ClassVar[frozenset[str]] = frozenset({"target", "base"})
     trial: ClassVar[dict[str, Any]] = {"steps": 4}
 
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, PLACE] = None
     """LoRA adapter folder of a partly trained run over the base, to patch from; None trains one
     here, on `warmup_fraction` of the pool. A partly trained model folder is given as `base`."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05

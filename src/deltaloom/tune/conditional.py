@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from deltaloom.core.delta import Delta
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Evaluation, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.progress import progress, say
 from deltaloom.core.turns import Marked, mark, with_indicator
 from deltaloom.tune._gradient import GradientTuner
@@ -64,7 +65,7 @@ class Conditional(GradientTuner):
     layer: Annotated[int, Field(ge=0)] | None = None
     """Block of the seed model whose attention is read, from 0. None takes 15 of 22, the paper's
     for TinyLlama, in proportion."""
-    scorer: str | None = None
+    scorer: Annotated[str | None, PLACE] = None
     """Seed model: an adapter, delta or model folder of the same base; None is the base itself."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None takes the paper's 2e-4 for LoRA and 2e-5 for full."""

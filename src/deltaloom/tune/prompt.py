@@ -30,6 +30,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from deltaloom.core.delta import Delta, load
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Evaluation, Sizes, Work
+from deltaloom.core.places import PLACE
 from deltaloom.tune._gradient import Count, GradientTuner, Positive, rows_for, train
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ class PromptTuning(GradientTuner):
     labels: Names | None = None
     """Begin as these class labels, a label of several tokens as their mean, and the rest as random
     tokens (Lester et al.'s best)."""
-    start: str | None = None
+    start: Annotated[str | None, PLACE] = None
     """Begin as the prompt in this folder, of the same base, form and length."""
-    library: Names | None = None
+    library: Annotated[Names | None, PLACE] = None
     """Begin as SPoT finds in these folders: prompts, or folders that hold prompts. Tune sources and
     target with one seed, as the beginning shows in what a prompt becomes."""
     embedding_steps: Count = 100
