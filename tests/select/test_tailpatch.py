@@ -1,7 +1,9 @@
 """Tail-patch: effects by hand, ratings, bundles and the continuous weights by their formulas."""
 
+import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from deltaloom.core.encoding import encode
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.run import Run
+from deltaloom.select._patch_cost import Prices
 from deltaloom.select._ratings import Effect, bundled, exponential, rated, utilities
 from deltaloom.select.tailpatch import Tailpatch, _go_on
 
@@ -78,6 +81,41 @@ def test_settled_sources_stop_and_the_better_half_goes_on():
     assert _go_on(list(found), found) == ["hope", "wide"]
 
 
+def by_hand(lengths, batch, look, rungs, each):
+    """Tokens of the worst course of a design, every subset of sources tried."""
+
+    def patch(own, rung):
+        rows = itertools.islice(
+            itertools.cycle(own), rung * each * batch, (rung + 1) * each * batch
+        )
+        return sum(rows) + look
+
+    total, count = 0, len(lengths)
+    for rung in range(rungs):
+        groups = itertools.combinations(lengths, count)
+        total += max(sum(patch(own, rung) for own in group) for group in groups)
+        count = math.ceil(count / 2)
+    return total
+
+
+def test_designs_cost_what_their_worst_course_takes():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = [list(map(int, rng.integers(1, 30, rng.integers(1, 9)))) for _ in range(5)]
+        batch, look = int(rng.integers(1, 5)), int(rng.integers(0, 90))
+        prices = Prices(lengths, batch, look)
+        every = {
+            (r, e): by_hand(lengths, batch, look, r, e)
+            for r in (1, 2, 3)
+            for e in range(1, 6 // r + 1)
+        }
+        assert all(prices.most(*design) == tokens for design, tokens in every.items())
+        budget = int(rng.integers(50, 3000))
+        fit = [(-r * e, tokens) for (r, e), tokens in every.items() if tokens <= budget]
+        found = prices.best((1, 2, 3), 6, budget)
+        assert (found and (-found.steps, found.tokens)) == (min(fit) if fit else None)
+
+
 @pytest.fixture
 def setting(tmp_path):
     """`right` teaches what the target asks, `wrong` what is never right, `noise` another thing."""
@@ -100,7 +138,7 @@ def setting(tmp_path):
 def test_effects_are_the_changes_of_the_loss_and_signs_are_right(setting, tmp_path):
     base, pool, target = setting
     run = tiny.run_in(tmp_path / "run", seed=1)
-    method = Tailpatch(warmup_fraction=0.5, tuning=TUNING, steps=12, rungs=2)
+    method = Tailpatch(warmup_fraction=0.5, tuning=TUNING, steps=12, rungs=2, cost=20)
     found = method.select(pool, run, target=target, base=base)
     about = found.weights.about
     assert about["ratings"]["right"]["lives"] > 0
@@ -149,7 +187,7 @@ def test_patches_go_on_from_a_given_checkpoint(setting, tmp_path):
     tuned = tiny.run_in(tmp_path / "tuned")
     Lora(**TUNING, epochs=1).tune(base, pool, tuned)
     run = tiny.run_in(tmp_path / "run")
-    method = Tailpatch(checkpoint=str(tuned.folder), tuning=TUNING, steps=2, rungs=1)
+    method = Tailpatch(checkpoint=str(tuned.folder), tuning=TUNING, steps=2, rungs=1, cost=20)
     found = method.select(pool, run, target=target, base=base)
     kept = load_file(run.work / "checkpoint.safetensors")
     theirs = load_file(tuned.folder / "adapter_model.safetensors")
@@ -157,6 +195,28 @@ def test_patches_go_on_from_a_given_checkpoint(setting, tmp_path):
     assert all(torch.equal(v, theirs[n.replace(".default", "")]) for n, v in kept.items())
     assert run.record["notes"]["patch_steps"] == dict.fromkeys(["noise", "right", "wrong"], 2)
     assert found.weights.about["weighing"] == "bundles"
+
+
+def test_no_more_than_the_share_of_the_run_is_spent(setting, tmp_path):
+    base, pool, target = setting
+    how = {"warmup_fraction": 0.5, "tuning": TUNING, "steps": 50}
+    run = tiny.run_in(tmp_path / "run")
+    found = Tailpatch(**how, cost=0.5, passes=6).select(pool, run, target=target, base=base)
+    told = found.weights.about["cost"]
+    tokens = sum(len(row.input_ids) for row in encode(pool, base.tokenizer(), 64))
+    assert told["run_tokens"] == 6 * tokens
+    spent = run.record["cost"]["forward_tokens"]
+    assert spent <= told["most_tokens"] <= 0.5 * told["run_tokens"]
+    assert 1 <= max(run.record["notes"]["patch_steps"].values()) < 50
+    # Too little is refused with a cost that does.
+    with pytest.raises(InputError, match="allow cost = ") as caught:
+        Tailpatch(**how, cost=0.01).select(
+            pool, tiny.run_in(tmp_path / "poor"), target=target, base=base
+        )
+    enough = float(re.search(r"allow cost = ([\d.]+)", str(caught.value))[1])
+    again = tiny.run_in(tmp_path / "enough")
+    found = Tailpatch(**how, cost=enough).select(pool, again, target=target, base=base)
+    assert again.record["notes"]["patch_steps"] == dict.fromkeys(["noise", "right", "wrong"], 1)
 
 
 def test_bad_input_is_said(setting, tmp_path):
@@ -167,7 +227,7 @@ def test_bad_input_is_said(setting, tmp_path):
     few = tiny.run_in(tmp_path / "b")
     with pytest.raises(InputError, match=r"line 1: is the only row of the target 'lives'"):
         Tailpatch().select(pool, few, target=target[:1], base=base)
-    with pytest.raises(InputError, match=r"rungs = 3 must divide steps = 20"):
-        Tailpatch.parse({"rungs": 3}, "select tailpatch")
+    with pytest.raises(InputError, match=r"rungs = 30 is more than steps = 20"):
+        Tailpatch.parse({"rungs": 30}, "select tailpatch")
     with pytest.raises(InputError, match="no measure method"):
         Tailpatch.parse({"measure": "los"}, "select tailpatch")

@@ -6,9 +6,11 @@ are finished.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +110,15 @@ class Patches:
                 part.finish()
         return _read(folder, self.targets)
 
+    def lengths(self, rows: Examples) -> list[int]:
+        """Tokens of a source's rows, in the order in which patches take them."""
+        encoded = self.encode(rows)
+        return [len(encoded[i].input_ids) for i in self._order(rows)]
+
+    def look(self) -> int:
+        """Tokens of one measurement of the targets, as that of the checkpoint took."""
+        return round(sum(one.cost.get("forward_tokens", 0.0) for one in self.before().values()))
+
     def account(self, finished: list[tuple[str, int]]) -> dict[str, float]:
         """Enter in the run's ledger what the finished patches (and `before`) cost, once."""
         total = dict.fromkeys(TAKEN_OVER, 0.0)
@@ -129,11 +140,15 @@ class Patches:
     def _chunk(self, rows: Examples, rung: int, steps: int) -> list[Encoded]:
         """The rows of a rung: all of the source in a random order, again and again."""
         count = steps * self.tuning.batch_size
-        order = list(range(len(rows)))
-        random.Random(f"rows {self.run.seed}").shuffle(order)
+        order = self._order(rows)
         numbers = [order[k % len(rows)] for k in range(rung * count, (rung + 1) * count)]
         encoded = dict(zip(dict.fromkeys(numbers), self.encode(_some(rows, numbers)), strict=True))
         return [encoded[i] for i in numbers]
+
+    def _order(self, rows: Examples) -> list[int]:
+        order = list(range(len(rows)))
+        random.Random(f"rows {self.run.seed}").shuffle(order)
+        return order
 
     def _fit(self, rows: list[Encoded], settings: Any, run: Run, folder: str) -> None:
         pad = self.base.tokenizer().pad_token_id
@@ -151,6 +166,20 @@ class Patches:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(tensors[name])
+
+
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """Leave what is loaded by now out of garbage collections.
+
+    Every Trainer asks for a whole one, which takes longer than a patch of a small model.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def effect(before: Estimate, after: Estimate, steps: int) -> Effect:

@@ -176,7 +176,7 @@ class Regress(MixtureSelector):
     def _trials(self, pool: Examples, target: Examples, base: Base, run: Run) -> list[Trial]:
         if self.trials is not None:
             return read_trials(Path(self.trials), set(pool.sources()))
-        from deltaloom.select._patches import Patches
+        from deltaloom.select._patches import Patches, settled_heap
         from deltaloom.select.tailpatch import by_name
 
         source = self.proxy or base
@@ -191,14 +191,17 @@ class Regress(MixtureSelector):
             raise InputError(f"measure = {self.measure}: of {bad[0]} more is better; use a loss")
         amounts, count = amounts_of(pool), self.steps * self.tuning.batch_size
         trials: list[Trial] = []
-        for k, weights in enumerate(drawn_mixtures(amounts, self.runs, run.seed)):
-            # A source may be short: what counts are the shares that a run really had.
-            most = max(1.0, 4.0 * count / len(pool))
-            wanted = SourceWeights(weights, size=count, repeats=most)
-            rows = epoch(pool, wanted.within(amounts), run.seed + k)
-            had = {name: n / len(rows) for name, n in sorted(rows.sources().items())}
-            found = patches.patch(names[k], rows, 0, self.steps)
-            trials.append({"weights": had, "losses": {t: one.value for t, one in found.items()}})
+        with settled_heap():
+            for k, weights in enumerate(drawn_mixtures(amounts, self.runs, run.seed)):
+                # A source may be short: what counts are the shares that a run really had.
+                most = max(1.0, 4.0 * count / len(pool))
+                wanted = SourceWeights(weights, size=count, repeats=most)
+                rows = epoch(pool, wanted.within(amounts), run.seed + k)
+                had = {name: n / len(rows) for name, n in sorted(rows.sources().items())}
+                found = patches.patch(names[k], rows, 0, self.steps)
+                trials.append(
+                    {"weights": had, "losses": {t: one.value for t, one in found.items()}}
+                )
         patches.account([(name, 0) for name in names])
         write_text(run.folder / TRIALS, "".join(canonical(one) + "\n" for one in trials))
         return trials

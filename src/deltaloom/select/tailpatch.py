@@ -11,11 +11,13 @@ somewhat helpful 1, no clear effect 0, harmful -1. Bundles of sources by ratings
 
 Differs: ratings come from paired intervals over the target's rows (see `half`), where the authors
 looked; a source rated harmful on balance gets weight 0; patches are of LoRA and of `steps` steps
-(theirs: 3,000 with all weights), so that the whole costs a small part of a training run; the
-clearly settled stop early, and of the others the more promising half goes on (successive halving,
-Jamieson & Talwalkar 2016, arXiv 1502.07943). `weighing=exponential` is ours: the proportional rates
-times exp(sharpness u_s), u_s the effects per step shrunk to zero by their errors. Targets are the
-groups of `target` (else its sources). All tokens spent are in the run's notes and ledger.
+(theirs: 3,000 with all weights); the clearly settled stop early, and of the others the more
+promising half goes on (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943). Steps and
+looks are what `cost` pays: with W tokens for the checkpoint, M for a look at the targets and c_s(k)
+for the k-th patch of s, W + M + sum_k sum_s (c_s(k) + M) <= cost x passes x the pool's tokens,
+whichever ceil(S / 2^k) of S sources get a patch k. `weighing=exponential` is ours: the proportional
+rates times exp(sharpness u_s), u_s the effects per step shrunk to zero by their errors. Targets are
+the groups of `target` (else its sources). All tokens spent are in the run's notes and ledger.
 
 Not covered: the chance in which rows a patch sees (intervals speak of the target's rows); sources
 that help only together; a control for what any steps away from the mixture would change.
@@ -41,11 +43,16 @@ if TYPE_CHECKING:
     from deltaloom.core.base import Base
     from deltaloom.core.examples import Examples
     from deltaloom.core.run import Run
+    from deltaloom.select._patch_cost import Design
     from deltaloom.select._patches import Patches
     from deltaloom.select._ratings import Effect
 
 OURS = {"epochs": 1.0}
 """Of the warm-up: one pass over its rows."""
+SOURCES = 12
+"""Of a pool that nobody has read yet, for `plan`."""
+RUNGS = (1, 2, 3)
+"""What `rungs` None chooses from."""
 
 
 @final
@@ -53,7 +60,7 @@ class Tailpatch(MixtureSelector):
     """Tail-patch ratings and weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"target", "base"})
-    trial: ClassVar[dict[str, Any]] = {"steps": 4}
+    trial: ClassVar[dict[str, Any]] = {"steps": 2, "rungs": 2, "cost": 20.0}
 
     checkpoint: Annotated[str | None, PLACE] = None
     """LoRA adapter folder of a partly trained run over the base, to patch from; None trains one
@@ -64,12 +71,18 @@ class Tailpatch(MixtureSelector):
     tuning: Lora = Lora(**OURS)
     """How checkpoint and patches are tuned; epochs are the checkpoint's (ours: 1). Patches keep its
     lr constant. Keys given replace these one by one."""
+    cost: Annotated[float, Field(gt=0)] = 0.1
+    """Tokens that checkpoint, patches and targets take together at most, as a share of the training
+    run whose mixture this sets (ours: a tenth). Steps are as many as it pays."""
+    passes: Annotated[float, Field(gt=0)] = 3.0
+    """Size of that run, in passes over the pool (3, as `tune` makes unless told otherwise)."""
     steps: Annotated[int, Field(ge=1)] = 20
-    """Optimizer steps on each source at most (FLAMe: 3,000 of a 24B model; ours is what a tenth of
-    a run can pay)."""
-    rungs: Annotated[int, Field(ge=1)] = 2
+    """Optimizer steps on each source at most, fewer where `cost` pays fewer (FLAMe: 3,000 of a 24B
+    model; ours is what a tenth of a run can pay)."""
+    rungs: Annotated[int | None, Field(ge=1)] = None
     """Looks at a source, equally far apart: after each, those whose sign is known on all targets
-    stop, and of the others only the more promising half goes on. 1 gives all the same steps."""
+    stop, and of the others only the more promising half goes on. None takes as many, 1 to 3, as
+    give the sources that go on the most steps for `cost`; 1 gives all the same steps."""
     measure: str = "loss"
     """Measure method for the targets."""
     measuring: dict[str, Any] = {}
@@ -96,19 +109,22 @@ class Tailpatch(MixtureSelector):
     @model_validator(mode="after")
     def _parts_fit(self) -> Tailpatch:
         self._measurer()
-        if self.steps % self.rungs:
-            raise ValueError(f"rungs = {self.rungs} must divide steps = {self.steps}")
+        if (self.rungs or 1) > self.steps:
+            raise ValueError(f"rungs = {self.rungs} is more than steps = {self.steps}")
         return self
 
     def work(self, sizes: Sizes) -> Work:
-        """The checkpoint, the patches of a dozen sources, and the targets after each."""
-        sources = 12
-        patched = sources * self.steps * self.tuning.batch_size
+        """The checkpoint, the patches of a dozen sources and the targets after each, as far as
+        `cost` goes.
+        """
+        patched = SOURCES * self.steps * self.tuning.batch_size
         warmup = 0.0 if self.checkpoint else self.tuning.epochs * self.warmup_fraction * sizes.rows
-        measured = (1 + sources * self.rungs) * sizes.target_rows
+        measured = (1 + SOURCES * (self.rungs or 1)) * sizes.target_rows
+        paid = self.cost * self.passes * sizes.rows
+        part = min(1.0, paid / max(warmup + patched + measured, 1.0))
         return Work(
-            forward_tokens=measured * sizes.row_tokens,
-            adapter_tokens=(warmup + patched) * sizes.row_tokens,
+            forward_tokens=part * measured * sizes.row_tokens,
+            adapter_tokens=part * (warmup + patched) * sizes.row_tokens,
             memory_bytes=self.tuning.work(sizes).memory_bytes,
         )
 
@@ -117,17 +133,20 @@ class Tailpatch(MixtureSelector):
     ) -> Selection:
         """One epoch by the weights found; effects and ratings go into `weights.json`.
 
-        Raises InputError for a single source, for a target of one row, and for an epoch that `size`
-        and `repeats` do not allow.
+        Raises InputError for a single source, for a target of one row, for a `cost` that does not
+        pay one step on each source, and for an epoch that `size` and `repeats` do not allow.
         """
         assert target is not None
         assert base is not None
         rows = by_name(pool, [row.source for row in pool])
         if len(rows) < 2:
             raise InputError(f"{pool.name}: has one source only; there is nothing to weigh")
-        patches = self._patches(pool, target, base, tuple(rows), run)
-        effects = self._effects(patches, rows, run)
+        patches, warmup = self._patches(pool, target, base, tuple(rows), run)
+        patches.begin(warmup)
+        design, cost = self._design(patches, rows, warmup, pool.name)
+        effects = self._effects(patches, rows, design, run)
         weights, about = self._weights(effects, pool, base)
+        about["cost"] = cost
         return self.drawn(pool, weights, run, base, about)
 
     def _measurer(self) -> Measurer:
@@ -137,7 +156,8 @@ class Tailpatch(MixtureSelector):
 
     def _patches(
         self, pool: Examples, target: Examples, base: Base, sources: tuple[str, ...], run: Run
-    ) -> Patches:
+    ) -> tuple[Patches, Examples | None]:
+        """What makes patches, and the rows of the checkpoint that is made here."""
         from deltaloom.core.source_weights import SourceWeights, epoch
         from deltaloom.select._patches import Patches
 
@@ -156,8 +176,39 @@ class Tailpatch(MixtureSelector):
             amounts = amounts_of(pool)
             as_it_is = SourceWeights(rates(amounts, 65_536), size=count).within(amounts)
             warmup = epoch(pool, as_it_is, run.seed)
-        patches.begin(warmup)
-        return patches
+        return patches, warmup
+
+    def _design(
+        self, patches: Patches, rows: dict[str, Examples], warmup: Examples | None, name: str
+    ) -> tuple[Design, dict[str, float]]:
+        """Steps and looks that `cost` pays, and what they take at most."""
+        from deltaloom.select._patch_cost import Prices
+
+        lengths = [patches.lengths(own) for own in rows.values()]
+        whole = round(self.passes * sum(map(sum, lengths)))
+        look = patches.look()
+        # A part of a pass may have its longest rows, so it counts as a whole one.
+        begun = math.ceil(self.tuning.epochs) * sum(patches.lengths(warmup)) if warmup else 0
+        spent = begun + look
+        prices = Prices(lengths, self.tuning.batch_size, look)
+        rungs = RUNGS if self.rungs is None else (self.rungs,)
+        budget = math.floor(self.cost * whole)
+        design = prices.best(rungs, self.steps, budget - spent)
+        if design is None:
+            least = spent + prices.most(min(rungs), 1)
+            raise InputError(
+                f"cost = {self.cost:g} of {self.passes:g} passes over {name} pays {budget} tokens; "
+                f"a checkpoint ({begun}), a step on each of {len(rows)} sources and a look at the "
+                f"targets after each ({look} a look) take {least}: allow cost = "
+                f"{math.ceil(1000 * least / whole) / 1000:g} or more passes, or give fewer target "
+                "rows or sources"
+            )
+        most = spent + design.tokens
+        say(
+            f"{design.steps} steps and {design.rungs} looks a source at most: {most} tokens, "
+            f"{most / whole:.1%} of {self.passes:g} passes over the pool"
+        )
+        return design, {"run_tokens": whole, "most_tokens": most, "share": most / whole}
 
     def _opened(self, base: Base, run: Run) -> Any:
         if self.checkpoint is None:
@@ -179,25 +230,25 @@ class Tailpatch(MixtureSelector):
         return load
 
     def _effects(
-        self, patches: Patches, rows: dict[str, Examples], run: Run
+        self, patches: Patches, rows: dict[str, Examples], design: Design, run: Run
     ) -> dict[str, dict[str, Effect]]:
         """Source -> target -> effect, after as many rungs as each source was given."""
-        from deltaloom.select._patches import effect
+        from deltaloom.select._patches import effect, settled_heap
 
         before = patches.before()
-        each = self.steps // self.rungs
         found: dict[str, dict[str, Effect]] = {}
         finished: list[tuple[str, int]] = []
         going = list(rows)
-        for rung in range(self.rungs):
-            for source in going:
-                after = patches.patch(source, rows[source], rung, each)
-                steps = (rung + 1) * each
-                found[source] = {t: effect(before[t], after[t], steps) for t in before}
-                finished.append((source, rung))
-                says = ", ".join(f"{t} {one.value:+.3g}" for t, one in found[source].items())
-                say(f"{source}: {steps} steps alone: {says}")
-            going = _go_on(going, found)
+        with settled_heap():
+            for rung in range(design.rungs):
+                for source in going:
+                    after = patches.patch(source, rows[source], rung, design.each)
+                    steps = (rung + 1) * design.each
+                    found[source] = {t: effect(before[t], after[t], steps) for t in before}
+                    finished.append((source, rung))
+                    says = ", ".join(f"{t} {one.value:+.3g}" for t, one in found[source].items())
+                    say(f"{source}: {steps} steps alone: {says}")
+                going = _go_on(going, found)
         cost = patches.account(finished)
         taken = {source: own[next(iter(own))].steps for source, own in found.items()}
         run.note(patch_steps=taken, patch_tokens=cost["backward_tokens"])
