@@ -136,6 +136,19 @@ def test_other_architectures(kind, config, tmp_path):
         service.worker.stop()
 
 
+def test_padding_beyond_the_context_is_no_position(tmp_path):
+    _other_base(tmp_path / "base", "gpt2", {})
+    base = Base(model=str(tmp_path / "base"))
+    ragged = RaggedModel(base.load(), "gpt2", 2)
+    late, early = [i % 23 for i in range(63)], [5] * 20
+    with torch.inference_mode():
+        ragged.read(0, [late[:61], early[:1]], [0, 0])
+        # The first row's two tokens are padded to 19, to place 80 of a context of 64.
+        found = ragged.read(0, [late[61:], early[1:]], [61, 1])
+        plain = [ragged.model(torch.tensor([row])).logits[0, -1] for row in (late, early)]
+    torch.testing.assert_close(found, torch.stack(plain), atol=1e-5, rtol=1e-4)
+
+
 def _other_base(folder, kind, config):
     from tiny import tokenizer_in
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -74,13 +74,15 @@ class RaggedModel:
         self.cache.step(first, positions, seen)
         device_positions = positions.to(self.device)
         last = torch.tensor(counts) - 1
+        # Padding stays at its row's last place: the next ones may be beyond the context.
+        real = torch.minimum(positions, begin + last[:, None])
         options: dict[str, Any] = {}
         kept = last.unique() if width > 1 else None
         if self.keeps and kept is not None:
             options["logits_to_keep"] = kept.to(self.device)
         logits = self.model(
             **inputs,
-            position_ids=device_positions,
+            position_ids=real.to(self.device),
             attention_mask=self._mask(device_positions, seen),
             use_cache=True,
             **{self.keyword: self.cache},
