@@ -20,6 +20,7 @@ def mixed(home, effects=True):
     fake_runs.select(folder, pool, {"method": "tailpatch"}, scored=False)
     names = sorted(pool.sources())
     about = {"before": {name: pool.sources()[name] / 90 for name in names}, "measure": "loss"}
+    about["cost"] = {"run_tokens": 1000, "most_tokens": 92, "share": 0.092}
     if effects:
         signs = [0.5, -0.5, 0.0, 0.25, 0.1]
         about["effects"] = {
@@ -30,6 +31,9 @@ def mixed(home, effects=True):
     weights = {name: (k + 1) / 15 for k, name in enumerate(names)}
     record = {"schema": 1, "unit": "examples", "weights": weights, "about": about}
     (folder / "weights.json").write_text(json.dumps(record))
+    run = json.loads((folder / "run.json").read_text())
+    run["cost"]["forward_tokens"] = 90.0
+    (folder / "run.json").write_text(json.dumps(run))
     return folder, weights
 
 
@@ -56,6 +60,7 @@ def test_sources_stand_by_weight_with_effects_and_ratings(tmp_path):
     assert "<b>dev" not in section
     assert "&lt;b&gt;dev" in section
     assert "Effect on" in section
+    assert "(at most 9.2 % of the run they are for)" in section
     levels = [int(level) for level in re.findall(r"<h([1-6])", page)]
     assert all(b <= a + 1 for a, b in pairwise(levels))
 

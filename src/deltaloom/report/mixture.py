@@ -47,7 +47,7 @@ class Mixture:
     """Target -> its sources' effects, the best first."""
     measure: str
     spent: str
-    """Tokens that finding the weights took."""
+    """Tokens that finding the weights took, and which part of the run they are for that may be."""
 
 
 def mixtures(report: Report) -> list[Mixture]:
@@ -76,7 +76,6 @@ def _mixture(report: Report, step: Step, record: dict[str, Any]) -> Mixture:
     targets = tuple(sorted({target for own in effects.values() for target in _mapping(own)}))
     ranked = sorted(weights, key=lambda name: (-weights[name], name))
     sources = tuple(_source(name, weights, before, about, targets) for name in ranked)
-    spent = step.cost["forward_tokens"] + step.cost["backward_tokens"]
     return Mixture(
         label=report.label(step),
         step=step,
@@ -85,8 +84,16 @@ def _mixture(report: Report, step: Step, record: dict[str, Any]) -> Mixture:
         sources=sources,
         charts=tuple((target, _chart(effects, target)) for target in targets),
         measure=str(about.get("measure", "measure")),
-        spent=numbers.short(step.cost["forward_tokens"]) if spent else "",
+        spent=_spent(step, number(_mapping(about.get("cost")).get("share"))),
     )
+
+
+def _spent(step: Step, most: float | None) -> str:
+    tokens = step.cost["forward_tokens"]
+    if not tokens:
+        return ""
+    part = "" if most is None else f" (at most {numbers.share(most, 1)} of the run they are for)"
+    return f"{numbers.short(tokens)} tokens{part}"
 
 
 def _source(
