@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from scipy.optimize import approx_fprime
 
 from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
@@ -43,6 +44,22 @@ def test_a_law_finds_the_law_that_made_the_losses(kind, made_by, shares):
         for e in np.eye(3)
     ]
     assert law.gradient(w) == pytest.approx(numeric, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["power", "loglinear"])
+def test_solvers_get_the_slopes_of_what_they_solve(kind, shares, monkeypatch):
+    asked = []
+    solve = _laws.least_squares
+
+    def watched(off, begin, slopes, **how):
+        asked.append((slopes(begin), approx_fprime(begin, off)))
+        return solve(off, begin, slopes, **how)
+
+    monkeypatch.setattr(_laws, "least_squares", watched)
+    _laws.fit(kind, shares, power(shares), 0)
+    for found, wanted in asked:
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert asked
 
 
 @pytest.mark.parametrize("kind", ["power", "loglinear"])

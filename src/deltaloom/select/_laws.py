@@ -158,12 +158,28 @@ def _power(shares: Array, losses: Array, seed: int) -> Power:
         middle = p[2:] - p[2:].mean()
         return np.concatenate([predicted - y, HOLD * middle, HOLD * np.array([p[0], p[1] + 0.7])])
 
+    def slopes(p: Array) -> Array:
+        floor, exponent, worth, constant = parts(p)
+        effective = shares @ worth + constant
+        size = -exponent * np.log(effective)
+        above = np.exp(np.clip(size, -50, 50)) * (np.abs(size) < 50)  # what is clipped is flat
+        by_part = np.column_stack([shares * worth, np.full(len(y), constant)])
+        inner = np.column_stack(
+            [
+                np.full(len(y), floor * (1 - floor / low)),
+                above * size * (p[1] < 3),
+                (-exponent * above / effective)[:, None] * by_part,
+            ]
+        ) * (np.abs(p) < 30)
+        middle = np.eye(k + 1) - 1 / (k + 1)
+        return np.vstack([inner, HOLD * _after(2, middle), HOLD * np.eye(2, k + 3)])
+
     # With half of the loss above the floor, effective data of one exponent is (y / 2)^(-1 / a).
     begins = []
     for one in np.random.default_rng(seed).normal(size=(STARTS, k + 3)):
         size = -np.log(max(y.mean() / 2, 1e-9)) / 0.5
         begins.append(one * 0.5 + np.concatenate([[0.0, -0.7], np.full(k + 1, size)]))
-    floor, exponent, worth, constant = parts(_least(off, begins))
+    floor, exponent, worth, constant = parts(_least(off, slopes, begins))
     return Power(floor, float(exponent), worth, float(constant), scale)
 
 
@@ -177,12 +193,20 @@ def _loglinear(shares: Array, losses: Array, seed: int) -> LogLinear:
         predicted = floor + np.exp(np.clip(p[1] + shares @ p[2:], -50, 50))
         return np.concatenate([predicted - y, HOLD * p[2:], [HOLD * p[0]]])
 
+    def slopes(p: Array) -> Array:
+        floor = low / (1 + np.exp(-np.clip(p[0], -30, 30)))
+        size = p[1] + shares @ p[2:]
+        above = np.exp(np.clip(size, -50, 50)) * (np.abs(size) < 50)  # what is clipped is flat
+        sloped = floor * (1 - floor / low) * (abs(p[0]) < 30)
+        inner = np.column_stack([np.full(len(y), sloped), above, above[:, None] * shares])
+        return np.vstack([inner, HOLD * _after(2, np.eye(k)), HOLD * np.eye(1, k + 2)])
+
     height = np.log(max(y.mean() / 2, 1e-9))
     begins = [
         one * 0.5 + np.concatenate([[0.0, height], np.zeros(k)])
         for one in np.random.default_rng(seed).normal(size=(STARTS, k + 2))
     ]
-    p = _least(off, begins)
+    p = _least(off, slopes, begins)
     floor = low / (1 + np.exp(-np.clip(p[0], -30, 30)))
     return LogLinear(float(floor), float(p[1]), p[2:], scale)
 
@@ -200,8 +224,15 @@ def _trees(shares: Array, losses: Array, seed: int) -> Trees:
     return Trees(model.fit(shares, losses))
 
 
-def _least(off: Callable[[Array], Array], begins: Sequence[Array]) -> Array:
-    found = [least_squares(off, begin, max_nfev=400) for begin in begins]
+def _after(columns: int, square: Array) -> Array:
+    """A matrix behind so many columns of zeros."""
+    return np.hstack([np.zeros((len(square), columns)), square])
+
+
+def _least(
+    off: Callable[[Array], Array], slopes: Callable[[Array], Array], begins: Sequence[Array]
+) -> Array:
+    found = [least_squares(off, begin, slopes, max_nfev=400) for begin in begins]  # pyright: ignore
     return min(found, key=lambda one: float(one.cost)).x
 
 
