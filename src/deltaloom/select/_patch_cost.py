@@ -55,7 +55,7 @@ class Prices:
         found = []
         for count in rungs:
             apart = range(1, steps // count + 1)
-            # The more steps, the more tokens.
+            # Tokens grow with steps but for a row's length or two; what is found fits either way.
             fitting = bisect_right(
                 apart, budget, key=lambda each, count=count: self.most(count, each)
             )
