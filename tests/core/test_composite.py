@@ -37,7 +37,7 @@ def stirred(model):
 
 def test_all_but_the_prefix_begin_by_changing_nothing(folder):
     plain = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
-    new = attached(folder, serial=3, parallel=2, lora=2)
+    new = attached(folder, serial=3, parallel=2, lora=2, sparse=1)
     torch.testing.assert_close(new(IDS).logits, plain)
     trained = {name for name, p in new.named_parameters() if p.requires_grad}
     assert trained
@@ -48,8 +48,9 @@ def test_all_but_the_prefix_begin_by_changing_nothing(folder):
         torch.testing.assert_close(new(IDS).logits, plain)
 
 
-def test_bottlenecks_and_low_ranks_are_their_formulas(folder):
-    model = stirred(attached(folder, serial=3, parallel=2, lora=2, layers_to_transform=[1]))
+def test_all_kinds_but_the_prefix_are_their_formulas(folder):
+    sizes = {"serial": 3, "parallel": 2, "lora": 2, "sparse": 1}
+    model = stirred(attached(folder, **sizes, layers_to_transform=[1]))
     layers = model.base_model.model.model.layers
     assert not isinstance(layers[0].mlp, CompositeLayer)
     mlp, attention = layers[1].mlp, layers[1].self_attn
@@ -62,7 +63,12 @@ def test_bottlenecks_and_low_ranks_are_their_formulas(folder):
     torch.testing.assert_close(mlp(h), wanted)
     query = attention.base_layer.q_proj
     a, b = attention.composite_lora["default"]["q_proj"]
-    torch.testing.assert_close(query(h), h @ query.weight.T + 2 * h @ a.weight.T @ b.weight.T)
+    change = attention.composite_sparse["default"]["q_proj"]
+    assert len(change.values) == 1 * (16 + 16)
+    s = torch.zeros(16 * 16).index_put((change.indices.long(),), change.values).view(16, 16)
+    assert (s != 0).sum() == 32
+    wanted = h @ (query.weight + s).T + 2 * h @ a.weight.T @ b.weight.T
+    torch.testing.assert_close(query(h), wanted)
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
@@ -97,8 +103,8 @@ def test_generation_with_a_cache_is_as_without(folder):
 
 
 def test_saved_and_loaded_it_is_the_same(folder, tmp_path):
-    sizes = {"serial": 2, "parallel": 2, "lora": 1, "prefix": 2, "layers_to_transform": [1]}
-    model = stirred(attached(folder, **sizes))
+    sizes = {"serial": 2, "parallel": 2, "lora": 1, "sparse": 2, "prefix": 2}
+    model = stirred(attached(folder, **sizes, layers_to_transform=[1]))
     base, out = Base(model=str(folder)), tmp_path / "adapter"
     save_adapter(model, out, base, "composite")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out).eval()

@@ -15,7 +15,9 @@ from deltaloom.recipe.execute import run_step
 from deltaloom.recipe.steps import parse_step
 from deltaloom.report.page import write_report
 from deltaloom.search import _study
-from deltaloom.search.autopeft import Autopeft, _configuration, pareto
+from deltaloom.search._front import pareto
+from deltaloom.search._mixtures import KINDS, configuration
+from deltaloom.search.autopeft import Autopeft
 
 torch.set_num_threads(1)
 
@@ -49,11 +51,12 @@ def test_the_front_is_what_no_other_beats_in_both():
 
 
 def test_configurations_are_exponents_and_bits():
-    off = {"serial": 0, "parallel": 0, "prefix": 0, "lora": 0, "layer_0": 1, "layer_1": 1}
-    assert _configuration(off) is None
-    assert _configuration({**off, "serial": 3, "layer_0": 0, "layer_1": 0}) is None
-    own = _configuration({**off, "serial": 3, "lora": 1, "layer_0": 0})
-    assert own == {"serial": 4, "parallel": 0, "prefix": 0, "lora": 1, "layers": [1]}
+    off = {**dict.fromkeys(KINDS, 0), "layer_0": 1, "layer_1": 1}
+    assert configuration(off) is None
+    assert configuration({**off, "serial": 3, "layer_0": 0, "layer_1": 0}) is None
+    own = configuration({**off, "serial": 3, "lora": 1, "layer_0": 0})
+    none = dict.fromkeys(("parallel", "prefix", "sparse"), 0)
+    assert own == {"serial": 4, "lora": 1, **none, "layers": [1]}
     space = Autopeft(largest=4)._space(2)
     assert [space["serial"].low, space["serial"].high] == [0, 3]
     assert "layer_1" in space
@@ -88,7 +91,7 @@ def test_every_point_loads_and_the_choice_is_tuned_elsewhere(given, tmp_path):
 
 def test_interrupted_it_ends_in_the_same_bytes(given, tmp_path, monkeypatch):
     searched(given, tmp_path / "whole", trials=3)
-    count, real = 0, _study.Study._try
+    count, real = 0, _study._Trials._try
 
     def stopped(self, *args):
         nonlocal count
@@ -97,7 +100,7 @@ def test_interrupted_it_ends_in_the_same_bytes(given, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(_study.Study, "_try", stopped)
+    monkeypatch.setattr(_study._Trials, "_try", stopped)
     with pytest.raises(KeyboardInterrupt):
         searched(given, tmp_path / "out", trials=3)
     searched(given, tmp_path / "out", trials=3)

@@ -211,6 +211,8 @@ class Trial:
     """Tokens and estimated FLOPs that it took; no times, which no two runs share."""
     failed: str | None = None
     """Why it has no values."""
+    rung: int = 0
+    """Which attempt it is, where settings are tried in a cheap way first: 0 is the cheapest."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,14 @@ class Run:
         return run
 
     @classmethod
+    def apart(cls, folder: Path, seed: int) -> Self:
+        """The run in `folder` as a worker has it, with empty notes and an empty ledger to be sent
+        back; it has no lock and must not be saved.
+        """
+        cost = dict.fromkeys((*COUNTERS, *PEAKS), 0.0)
+        return cls(folder, {"seed": seed, "cost": cost, "notes": {}}, -1)
+
+    @classmethod
     def read(cls, folder: str | Path) -> dict[str, Any]:
         """The record of the run in `folder`; raises InputError when there is none."""
         path = Path(folder) / "run.json"

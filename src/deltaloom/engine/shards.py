@@ -20,6 +20,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -33,6 +34,11 @@ TRIES = 3
 
 Done = Callable[[Any, Any], None]
 """Called in the parent with each finished shard's item and what the job gave back for it."""
+Draw = Callable[[], Hashable | None]
+"""Gives the next item that can be done now; None when there is none, for good or until another one
+is done."""
+Lost = Callable[[Any, str], None]
+"""Called in the parent with an item that keeps killing its worker, and how the last one ended."""
 
 
 class Job(ABC):
@@ -48,15 +54,25 @@ def run_shards(job: Job, items: Sequence[Hashable], workers: Workers, done: Done
 
     Raises InputError or WorkError as the job does, WorkError when a shard keeps killing its worker.
     """
-    if not items:
+    run_drawn(job, partial(next, iter(items), None), len(items), workers, done)
+
+
+def run_drawn(
+    job: Job, draw: Draw, most: int, workers: Workers, done: Done, lost: Lost | None = None
+) -> None:
+    """As `run_shards`, for items that are decided while others are done, `most` in all.
+
+    With `lost` the work goes on without an item that keeps killing its worker.
+    """
+    if not most:
         return
     if workers.cluster is not None:
-        _drive(_Ray(job, workers, len(items)), items, done)
+        _drive(_Ray(job, workers, most), draw, done, lost or _given_up)
     elif workers.count:
-        _drive(_Local(job, workers, len(items)), items, done)
+        _drive(_Local(job, workers, most), draw, done, lost or _given_up)
     else:
         do = job.open()
-        for item in items:
+        while (item := draw()) is not None:
             done(item, do(item))
 
 
@@ -107,16 +123,22 @@ class _Crew(ABC):
         """Stop all workers."""
 
 
-def _drive(crew: _Crew, items: Sequence[Hashable], done: Done) -> None:
-    waiting = deque(items)
+def _drive(crew: _Crew, draw: Draw, done: Done, lost: Lost) -> None:
+    again: deque[Hashable] = deque()
+    idle: list[Any] = []
     busy: dict[Any, Hashable] = {}
     deaths: dict[Hashable, int] = {}
     try:
-        while waiting or busy:
-            while waiting and len(busy) < crew.size:
-                worker = crew.start()
-                busy[worker] = waiting.popleft()
-                crew.give(worker, busy[worker])
+        while True:
+            while len(busy) < crew.size:
+                item = again.popleft() if again else draw()
+                if item is None:
+                    break
+                worker = idle.pop() if idle else crew.start()
+                busy[worker] = item
+                crew.give(worker, item)
+            if not busy:
+                return
             worker = crew.finished(busy)
             item = busy.pop(worker)
             try:
@@ -124,18 +146,20 @@ def _drive(crew: _Crew, items: Sequence[Hashable], done: Done) -> None:
             except _Dead as death:
                 deaths[item] = deaths.get(item, 0) + 1
                 if deaths[item] == TRIES:
-                    raise WorkError(
-                        f"shard {item}: {TRIES} workers died over it ({death}); most likely they "
-                        "had too little memory: use fewer workers"
-                    ) from None
-                waiting.appendleft(item)
+                    lost(item, f"{TRIES} workers died over it ({death})")
+                else:
+                    again.append(item)
                 continue
+            idle.append(worker)
             done(item, result)
-            if waiting:
-                busy[worker] = waiting.popleft()
-                crew.give(worker, busy[worker])
     finally:
         crew.close()
+
+
+def _given_up(item: Hashable, how: str) -> None:
+    raise WorkError(
+        f"shard {item}: {how}; most likely they had too little memory: use fewer workers"
+    )
 
 
 class _Process:

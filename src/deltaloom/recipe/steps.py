@@ -53,11 +53,12 @@ class Step(Spec):
 
 
 class SharedStep(Step):
-    """A step whose gradient and feature passes may be shared among processes."""
+    """A step whose gradient and feature passes, or trials, may be shared among processes."""
 
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that share the shards of a gradient or feature pass, each with one thread; any
-    number of them gives the same bytes. 0 works in this process. May change between resumptions."""
+    """Processes that share the shards of a gradient or feature pass, or the trials of a search,
+    each with one thread; any number of them gives the same bytes. 0 works in this process. May
+    change between resumptions."""
     cluster: str | None = None
     """Address of a Ray cluster to do that on, or `local`; its machines must see the same files."""
 
@@ -110,7 +111,7 @@ class TuneStep(Step):
     here has the last word."""
 
 
-class SearchStep(Step):
+class SearchStep(SharedStep):
     """Search for settings: try some on rows, keep the best."""
 
     verb = "search"

@@ -1,6 +1,9 @@
 """A search's trials as an Optuna study, which other tools open: a journal file or a database.
 
-The study says what the run's own records say and is no part of the result: it holds times.
+The study says what the run's own records say and is no part of the result: it holds times. A trial
+is written when it has ended, whole, and only by the process that holds the run's lock: whatever is
+killed leaves none that would be running for ever, which is what Optuna has heartbeats for. A trial
+of a cheap attempt is a pruned one there.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaloom.core.errors import InputError
@@ -33,45 +36,47 @@ class Mirror:
         space: Mapping[str, Dimension],
         goals: Mapping[str, Literal["lower", "higher"]],
         storage: str | None,
+        rungs: int = 1,
     ) -> None:
-        self.space, self.goals, self.url = space, goals, storage
+        self.space, self.goals, self.url, self.rungs = space, goals, storage, rungs
         self.path = run.folder / JOURNAL
         about = {key: run.record[key] for key in ("recipe", "inputs", "seed")}
         self.name = f"deltaloom-{digest(about)}"
         """The same for the same search wherever it runs, so that a database finds it again."""
         self.study = self._open()
 
-    def trials(self) -> list[Trial]:
-        """The trials that the study holds, from the first without a gap."""
-        found: list[Trial] = []
-        for one in self.study.get_trials(deepcopy=False):
-            record = one.user_attrs.get("trial")
-            if record is None:
-                break
-            found.append(Trial(**json.loads(record)))
-        return found
+    def trials(self) -> dict[int, Trial]:
+        """The trials that the study holds, by our number."""
+        found = [
+            Trial(**json.loads(one.user_attrs["trial"]))
+            for one in self.study.get_trials(deepcopy=False)
+            if "trial" in one.user_attrs
+        ]
+        return {trial.number: trial for trial in found}
 
-    def restore(self, done: Sequence[Trial]) -> None:
+    def restore(self, done: Mapping[int, Trial]) -> None:
         """Make the study say what `done` says."""
         held = self.trials()
-        if held != list(done[: len(held)]) or len(held) != len(self.study.get_trials(False)):
+        others = len(self.study.get_trials(deepcopy=False)) - len(held)
+        if others or any(done.get(number) != trial for number, trial in held.items()):
             self._remove()
-            self.study, held = self._open(), []
-        for trial in done[len(held) :]:
-            self.add(trial)
+            self.study, held = self._open(), {}
+        for number in sorted(done.keys() - held.keys()):
+            self.add(done[number])
 
     def add(self, trial: Trial) -> None:
         """One more trial; what the storage does not take is said and can be restored later."""
         import optuna
 
-        failed = trial.failed is not None
+        states = optuna.trial.TrialState
         # A trial whose settings came from elsewhere may lie outside the space.
         kinds = {name: one.distribution() for name, one in self.space.items()}
         attributes: dict[str, Any] = {"trial": json.dumps(trial.__dict__)}
         if trial.failed is not None:
             attributes["failed"] = trial.failed
-        state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
-        values = None if failed else [trial.values[name] for name in self.goals]
+        whole = trial.failed is None and trial.rung == self.rungs - 1
+        state = states.FAIL if trial.failed else states.COMPLETE if whole else states.PRUNED
+        values = [trial.values[name] for name in self.goals] if whole else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             frozen = optuna.trial.create_trial(

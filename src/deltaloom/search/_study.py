@@ -1,40 +1,44 @@
-"""Trials, one after the other: proposed, done, recorded; whatever stops a search, it goes on.
+"""Trials: proposed, done here or by workers, recorded; whatever stops a search, it goes on.
 
-A finished trial is one small file in the run's scratch; the Optuna study (a journal file beside the
-run's record, or a database) is kept in step with those files and is rebuilt from them when it was
-lost or damaged, and they from it. The first trials spread evenly over the space, later ones are
-proposed by Optuna's Gaussian-process sampler, a new one for each trial with a seed of its own, so
-that a resumed search proposes what an undisturbed one does.
+This process proposes and records; a trial is done by it or by one of the run's workers. A finished
+trial is one small file in the run's scratch; the Optuna study (a journal file beside the run's
+record, or a database) is kept in step with those files and is rebuilt from them when it was lost or
+damaged, and they from it. What is killed leaves nothing in either: a killed worker's trial is done
+again by another, and counts as failed when that keeps happening.
 
-A failed trial counts, for proposing only, as the worst one seen; values much worse than the median
-are cut to it plus twice its distance to the best, because one trial that nearly diverged would
-otherwise flatten everything else (ours).
+With several attempts a search is successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943):
+all trials make the first, a cheap one by which settings are proposed; the best third (by layers of
+what no other beats) make the next, and the last one's are the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
-import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deltaloom.core.atomic import write_json
 from deltaloom.core.errors import WorkError
 from deltaloom.core.method import Trial
 from deltaloom.core.progress import say
-from deltaloom.search._space import Dimension, first_points
+from deltaloom.core.run import Run
+from deltaloom.engine.shards import Job, run_drawn
+from deltaloom.search._front import Goals, ranked
+from deltaloom.search._proposing import Proposer
+from deltaloom.search._space import Dimension
 from deltaloom.search._storage import Mirror
 
 if TYPE_CHECKING:
-    from deltaloom.core.run import Run
+    from collections.abc import Iterator
 
-Goals = Mapping[str, Literal["lower", "higher"]]
-"""What is measured of each trial, and which way is better."""
+KEPT = 3
+"""Of so many trials one goes on to the next attempt (Hyperband's eta, arXiv 1603.06560: 3 or 4)."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class Outcome:
     cost: dict[str, float] = field(default_factory=dict)
 
 
-Attempt = Callable[[dict[str, Any], "Run"], Outcome]
-"""Tries settings in a run of its own; raises WorkError when they do not work."""
+Attempt = Callable[[dict[str, Any], Run], Outcome]
+"""Tries settings in a run of its own; raises WorkError when they do not work. It must pickle if the
+run has workers."""
 
 
 @dataclass
@@ -60,119 +65,206 @@ class Study:
     storage: str | None = None
     first: Sequence[dict[str, Any]] = ()
     """Settings to try before all others."""
+    ahead: int = 1
+    """Trials that may be done at the same time once all depend on earlier ones."""
 
-    def explore(self, attempt: Attempt) -> tuple[Trial, ...]:
+    def explore(self, *attempts: Attempt) -> tuple[Trial, ...]:
         """Do all trials that are not done yet; raises WorkError when every one failed."""
-        began, trying = time.perf_counter(), 0.0
-        home = self.run.work / "trials"
-        home.mkdir(exist_ok=True)
-        mirror = Mirror(self.run, self.space, self.goals, self.storage)
-        done = self._recorded(home, mirror)
-        for number in range(len(done), self.trials):
-            settings = self.propose(number, done)
-            say(f"trial {number + 1} of {self.trials}: {brief(settings)}")
-            start = time.perf_counter()
-            trial = self._try(number, settings, attempt)
-            trying += time.perf_counter() - start
-            write_json(_path(home, number), asdict(trial))
-            mirror.add(trial)
-            done.append(trial)
-            shutil.rmtree(self.run.work / f"trial-{number}", ignore_errors=True)
-            if trial.failed is not None:
-                say(f"trial {number + 1} failed: {trial.failed}")
+        clock = _Clock()
+        with clock.outside():
+            records = _Records(self, len(attempts))
+            proposer = Proposer(
+                self.space, self.goals, self.trials, self.run.seed, self.first, self.ahead
+            )
+            self._check_workers(proposer)
+        numbers = range(self.trials)
+        settings = proposer.propose
+        for rung, attempt in enumerate(attempts):
+            _Rung(self, rung, attempt, numbers, settings, records, clock).climb()
+            found = [records.done[number] for number in numbers]
+            best = ranked(found, self.goals)
+            if not best:
+                raise WorkError(f"all {len(found)} trials failed; the first: {found[0].failed}")
+            best = best[: math.ceil(self.trials / KEPT ** (rung + 1))]
+            numbers = range(numbers.stop, numbers.stop + len(best))
+            settings = _Promoted(numbers.start, best)
         past = self.run.record["notes"]
-        seconds = time.perf_counter() - began
         self.run.note(
-            trial_seconds=past.get("trial_seconds", 0.0) + trying,
-            overhead_seconds=past.get("overhead_seconds", 0.0) + seconds - trying,
+            trial_seconds=past.get("trial_seconds", 0.0) + clock.trials,
+            overhead_seconds=past.get("overhead_seconds", 0.0) + clock.others,
         )
-        if all(trial.failed is not None for trial in done):
-            raise WorkError(f"all {len(done)} trials failed; the first: {done[0].failed}")
-        return tuple(done)
+        return tuple(trial for _, trial in sorted(records.done.items()))
 
-    def _recorded(self, home: Path, mirror: Mirror) -> list[Trial]:
-        done: list[Trial] = []
-        kept = mirror.trials()
-        while len(done) < self.trials:
-            path, number = _path(home, len(done)), len(done)
-            if path.exists():
-                done.append(Trial(**json.loads(path.read_text(encoding="utf-8"))))
-            elif number < len(kept):
-                done.append(kept[number])
-                write_json(path, asdict(kept[number]))
-            else:
-                break
-        mirror.restore(done)
-        return done
+    def _check_workers(self, proposer: Proposer) -> None:
+        count = self.run.workers.count
+        if count > self.ahead and self.trials > proposer.evenly:
+            say(
+                f"after the first {proposer.evenly} trials {self.ahead} of {count} workers are "
+                f"busy at most: ahead = {self.ahead}"
+            )
 
-    def _try(self, number: int, settings: dict[str, Any], attempt: Attempt) -> Trial:
+
+class _Promoted:
+    """Settings of the trials that go on, under their new numbers."""
+
+    def __init__(self, start: int, best: list[Trial]) -> None:
+        self.start, self.best = start, best
+
+    def __call__(self, number: int, done: Mapping[int, Trial]) -> dict[str, Any]:
+        return self.best[number - self.start].settings
+
+
+class _Clock:
+    """Seconds of the trials, and of everything else that a search does."""
+
+    def __init__(self) -> None:
+        self.trials = self.others = 0.0
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """What is done here is no trial."""
+        start = time.perf_counter()
+        yield
+        self.others += time.perf_counter() - start
+
+
+class _Item(NamedTuple):
+    """A trial to do; settings as JSON, because items are looked up."""
+
+    number: int
+    settings: str
+
+
+@dataclass
+class _Rung:
+    """One attempt of some trials."""
+
+    study: Study
+    rung: int
+    attempt: Attempt
+    numbers: range
+    settings: Callable[[int, Mapping[int, Trial]], dict[str, Any] | None]
+    records: _Records
+    clock: _Clock
+
+    def climb(self) -> None:
+        """Do those that are not done."""
+        self.next = self.numbers.start
+        run = self.study.run
+        job = _Trials(self.attempt, list(self.study.goals), self.rung, run, run.folder, run.seed)
+        left = sum(number not in self.records.done for number in self.numbers)
+        run_drawn(job, self._draw, left, run.workers, self._done, self._lost)
+
+    def _draw(self) -> _Item | None:
+        with self.clock.outside():
+            while self.next < self.numbers.stop:
+                settings = self.settings(self.next, self.records.done)
+                if settings is None:
+                    return None
+                number, self.next = self.next, self.next + 1
+                if number not in self.records.done:
+                    said = f"trial {number + 1} of {self.numbers.stop}: {brief(settings)}"
+                    say(said)
+                    return _Item(number, json.dumps(settings))
+        return None
+
+    def _done(self, item: _Item, made: _Made) -> None:
+        self.clock.trials += made.seconds
+        with self.clock.outside():
+            self.study.run.spend(**made.cost)
+            self.study.run.note(**made.notes)
+            self._record(made.trial)
+
+    def _lost(self, item: _Item, how: str) -> None:
+        self._record(Trial(item.number, json.loads(item.settings), {}, {}, how, self.rung))
+
+    def _record(self, trial: Trial) -> None:
+        self.records.add(trial)
+        shutil.rmtree(self.study.run.work / f"trial-{trial.number}", ignore_errors=True)
+        if trial.failed is not None:
+            say(f"trial {trial.number + 1} failed: {trial.failed}")
+
+
+@dataclass
+class _Made:
+    """A trial, and what the run must know of it."""
+
+    trial: Trial
+    seconds: float
+    cost: dict[str, float]
+    notes: dict[str, Any]
+
+
+@dataclass
+class _Trials(Job):
+    """Does trials in `run`, or in a worker whose notes and costs are sent back."""
+
+    attempt: Attempt
+    goals: list[str]
+    rung: int
+    run: Run | None
+    folder: Path
+    seed: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "run": None}
+
+    def open(self) -> Callable[[_Item], _Made]:
+        """See Job."""
+        return self._here if self.run is not None else self._away
+
+    def _here(self, item: _Item) -> _Made:
+        assert self.run is not None
+        return self._make(item, self.run.nested(f"trial-{item.number}"), {}, {})
+
+    def _away(self, item: _Item) -> _Made:
+        run = Run.apart(self.folder, self.seed).nested(f"trial-{item.number}")
+        # The bars of several trials would write over each other.
+        with open(run.folder / "said.txt", "a") as file, contextlib.redirect_stderr(file):
+            return self._make(item, run, run.record["cost"], run.record["notes"])
+
+    def _make(self, item: _Item, run: Run, cost: dict[str, float], notes: dict[str, Any]) -> _Made:
+        start = time.perf_counter()
+        trial = self._try(item.number, json.loads(item.settings), run)
+        return _Made(trial, time.perf_counter() - start, cost, notes)
+
+    def _try(self, number: int, settings: dict[str, Any], run: Run) -> Trial:
         import torch
 
         try:
-            outcome = attempt(settings, self.run.nested(f"trial-{number}"))
+            outcome = self.attempt(settings, run)
         except (WorkError, torch.OutOfMemoryError) as error:
-            return Trial(number, settings, {}, {}, str(error).splitlines()[0])
-        wrong = [name for name in self.goals if not _finite(outcome.values[name])]
+            return Trial(number, settings, {}, {}, str(error).splitlines()[0], self.rung)
+        wrong = [name for name in self.goals if not math.isfinite(outcome.values[name])]
         if wrong:
             reason = f"{wrong[0]} is {outcome.values[wrong[0]]}"
-            return Trial(number, settings, {}, outcome.cost, reason)
-        return Trial(number, settings, outcome.values, outcome.cost)
+            return Trial(number, settings, {}, outcome.cost, reason, self.rung)
+        return Trial(number, settings, outcome.values, outcome.cost, rung=self.rung)
 
-    def propose(self, number: int, done: Sequence[Trial]) -> dict[str, Any]:
-        """Settings for trial `number` after the trials `done`."""
-        if number < len(self.first):
-            return dict(self.first[number])
-        spread = max(3, min(10, 2 * len(self.space) + 1, self.trials // 2))
-        values = self._values(done)
-        if number < len(self.first) + spread or not values:
-            points = first_points(self.space, number + 1 - len(self.first), self.run.seed)
-            return points[-1]
-        return self._ask(number, done, values)
 
-    def _ask(
-        self, number: int, done: Sequence[Trial], values: dict[int, list[float]]
-    ) -> dict[str, Any]:
-        import optuna
+class _Records:
+    """Finished trials by number: files in the run's scratch, and the study beside them."""
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        kinds = {name: one.distribution() for name, one in self.space.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the sampler calls itself experimental
-            sampler = optuna.samplers.GPSampler(
-                seed=self.run.seed + number, n_startup_trials=1, deterministic_objective=False
-            )
-            study = optuna.create_study(
-                sampler=sampler,
-                directions=[
-                    "minimize" if way == "lower" else "maximize" for way in self.goals.values()
-                ],
-            )
-            study.add_trials(
-                [
-                    optuna.trial.create_trial(
-                        params=trial.settings, distributions=kinds, values=values[trial.number]
-                    )
-                    for trial in done
-                ]
-            )
-            params = study.ask(kinds).params
-        return {name: params[name] for name in self.space}
+    def __init__(self, study: Study, rungs: int) -> None:
+        self.home = study.run.work / "trials"
+        self.home.mkdir(exist_ok=True)
+        self.mirror = Mirror(study.run, study.space, study.goals, study.storage, rungs)
+        self.done = self.mirror.trials()
+        for path in self.home.glob("*.json"):
+            self.done[int(path.stem)] = Trial(**json.loads(path.read_text(encoding="utf-8")))
+        for number, trial in self.done.items():
+            if not self._path(number).exists():
+                write_json(self._path(number), asdict(trial))
+        self.mirror.restore(self.done)
 
-    def _values(self, done: Sequence[Trial]) -> dict[int, list[float]]:
-        """Trial -> values to propose by; empty when none has any."""
-        found: dict[int, list[float]] = {trial.number: [] for trial in done}
-        for name, way in self.goals.items():
-            sign = 1.0 if way == "lower" else -1.0
-            own = [sign * trial.values[name] for trial in done if trial.failed is None]
-            if not own:
-                return {}
-            middle = statistics.median(own)
-            limit = middle + 2 * (middle - min(own))
-            worst = min(max(own), limit)
-            for trial in done:
-                value = worst if trial.failed else min(sign * trial.values[name], limit)
-                found[trial.number].append(sign * value)
-        return found
+    def add(self, trial: Trial) -> None:
+        """One more."""
+        write_json(self._path(trial.number), asdict(trial))
+        self.mirror.add(trial)
+        self.done[trial.number] = trial
+
+    def _path(self, number: int) -> Path:
+        return self.home / f"{number:05}.json"
 
 
 def best(trials: Sequence[Trial], goal: str, way: Literal["lower", "higher"]) -> Trial:
@@ -186,11 +278,3 @@ def brief(settings: Mapping[str, Any]) -> str:
     """Settings as words for people."""
     texts = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in settings.values())
     return ", ".join(f"{name} = {text}" for name, text in zip(settings, texts, strict=True))
-
-
-def _path(home: Path, number: int) -> Path:
-    return home / f"{number:05}.json"
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

@@ -22,15 +22,16 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 from pydantic import Field
 
 from deltaloom.core.atomic import write_json
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Work, get
+from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Work, get, of_whole
 from deltaloom.core.progress import say
+from deltaloom.search._front import Goals
 from deltaloom.search._space import Dimension, Space, check_space
 from deltaloom.search._study import Outcome, Study, best, brief
 from deltaloom.tune._gradient import GradientSettings, rows_for
@@ -80,6 +81,9 @@ class Width(GradientSettings, Searcher):
     """Share of the rows that compares trials, when `evaluate` is not given (ours)."""
     check_steps: Annotated[int, Field(ge=0)] = 4
     """Steps of the coordinate check (about as many as in muTransfer); 0 leaves it out."""
+    ahead: Annotated[int, Field(ge=1)] = 1
+    """Trials that may be done at the same time once each depends on earlier ones: a proposal knows
+    the results of all but so many less one. Set it to the number of `workers`."""
     save_steps: Annotated[int | None, Field(ge=1)] = None
     """Optimizer steps between checkpoints within a trial; None saves finished trials only."""
     train: bool = False
@@ -106,7 +110,6 @@ class Width(GradientSettings, Searcher):
         """Tune proxies of `base`; its weights are not read."""
         from transformers import AutoConfig
 
-        from deltaloom.engine.meter import training_cost
         from deltaloom.engine.proxy import resized
 
         check_space(self.space, (*OPTIMIZER, *SCALES), "search width")
@@ -118,17 +121,9 @@ class Width(GradientSettings, Searcher):
         rows = rows_for(base, tokenizer, kept, self.max_length, run)
         if not rows:
             raise InputError(f"{data.name}: holds no rows to tune on")
-        study = Study(run, self.space, {GOAL: "lower"}, self.trials, self.storage)
-
-        def attempt(settings: dict[str, Any], part: Run) -> Outcome:
-            rules = self._rules(target, proxy, self.rule, settings)
-            model = self._train(rules, rows, tokenizer, settings, part)
-            estimate = evaluation.method.measure(model, tokenizer, evaluation.data, part)
-            sign = 1.0 if estimate.better == "lower" else -1.0
-            tokens = round(self.epochs * sum(len(row.input_ids) for row in rows))
-            return Outcome({GOAL: sign * estimate.value}, training_cost(model, tokens))
-
-        trials = study.explore(attempt)
+        goals: Goals = {GOAL: "lower"}
+        study = Study(run, self.space, goals, self.trials, self.storage, ahead=self.ahead)
+        trials = study.explore(_Attempt(self, target, proxy, rows, tokenizer, evaluation))
         chosen = best(trials, GOAL, "lower")
         say(f"best of {len(trials)} trials: {brief(chosen.settings)}")
         choice = {
@@ -245,6 +240,30 @@ class Width(GradientSettings, Searcher):
             describe(result, "dense", base)
         run.publish(result)
         return load(run.folder, base) if has_weights else None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Trains a proxy by settings and measures it."""
+
+    method: Width
+    target: Any
+    proxy: Any
+    rows: list[Any]
+    tokenizer: Any
+    evaluation: Evaluation
+
+    def __call__(self, settings: dict[str, Any], part: Run) -> Outcome:
+        """See `search/_study.py`."""
+        from deltaloom.engine.meter import training_cost
+
+        rules = self.method._rules(self.target, self.proxy, self.method.rule, settings)
+        model = self.method._train(rules, self.rows, self.tokenizer, settings, part)
+        by = self.evaluation
+        estimate = of_whole(by.method.measure(model, self.tokenizer, by.data, part))
+        sign = 1.0 if estimate.better == "lower" else -1.0
+        tokens = round(self.method.epochs * sum(len(row.input_ids) for row in self.rows))
+        return Outcome({GOAL: sign * estimate.value}, training_cost(model, tokens))
 
 
 def _scales(settings: dict[str, Any]) -> Scales:

@@ -1,17 +1,19 @@
-"""Tune a mixture of bottlenecks, low ranks and prefixes on chosen layers, as one adapter.
+"""Tune a mixture of bottlenecks, low ranks, sparse changes and prefixes, as one adapter.
 
 Paper: Zhou et al. 2024, "AutoPEFT: Automatic Configuration Search for Parameter-Efficient
 Fine-Tuning" (TACL, arXiv 2301.12132), whose building blocks these are; the modules are from
-Pfeiffer et al. 2021 (serial), He et al. 2022 (parallel), Li & Liang 2021 (prefix) and Hu et al.
-2021 (lora).
+Pfeiffer et al. 2021 (serial), He et al. 2022 (parallel), Li & Liang 2021 (prefix), Hu et al. 2021
+(lora) and Bhardwaj et al. 2024 (SHiRA, arXiv 2406.13175: sparse).
 
 With h the input of a layer's feed-forward f: serial f + U gelu(D f), parallel f + 4 U gelu(D h),
-lora W x + 2 B A x at queries and values, prefix further keys and values; 0 leaves a kind out.
+lora W x + 2 B A x and sparse W x + S x at queries and values (S changes as many elements, at random
+places, as a low rank has parameters), prefix further keys and values; 0 leaves a kind out.
 
-Differs: prefixes are trained directly, where AutoPEFT's come from a small network; LoRA is ours to
-add.
+Differs: prefixes are trained directly, where AutoPEFT's come from a small network; LoRA and sparse
+are ours to add.
 
-Not covered: sparse modules in the mixture, merging into the base, sequence classifiers.
+Not covered: choosing or moving the elements of sparse changes, merging into the base, sequence
+classifiers.
 """
 
 from __future__ import annotations
@@ -46,6 +48,9 @@ class Composite(GradientTuner):
     """Width of the bottleneck beside the feed-forward (ours); 0 for none."""
     lora: Size = 0
     """Rank of the change of queries and values; 0 for none."""
+    sparse: Size = 0
+    """Changed elements of queries' and values' weights, as many as this rank of lora has
+    parameters; 0 for none."""
     prefix: Size = 4
     """Keys and values put before the others' (ours); 0 for none."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
@@ -53,8 +58,8 @@ class Composite(GradientTuner):
 
     @model_validator(mode="after")
     def _something(self) -> Composite:
-        if not (self.serial or self.parallel or self.lora or self.prefix):
-            raise ValueError("serial, parallel, lora and prefix are all 0: nothing to train")
+        if not (self.serial or self.parallel or self.lora or self.sparse or self.prefix):
+            raise ValueError("serial, parallel, lora, sparse, prefix are all 0: nothing to train")
         if self.layers == []:
             raise ValueError("layers = []: no layer is left to train")
         return self
@@ -62,7 +67,8 @@ class Composite(GradientTuner):
     def work(self, sizes: Sizes) -> Work:
         """The base, and float32 modules with gradient and Adam's moments; no activations."""
         # Seven linear modules a layer, each with one side or two as long as the width.
-        own = 4.0 * (self.serial + self.parallel + self.lora + self.prefix) * sizes.linear_sides / 7
+        size = self.serial + self.parallel + self.lora + self.sparse + self.prefix
+        own = 4.0 * size * sizes.linear_sides / 7
         return Work(
             adapter_tokens=self.epochs * sizes.rows * sizes.row_tokens,
             memory_bytes=sizes.weight_bytes + 4 * own,
@@ -101,6 +107,7 @@ class Composite(GradientTuner):
             serial=self.serial,
             parallel=self.parallel,
             lora=self.lora,
+            sparse=self.sparse,
             prefix=self.prefix,
             layers_to_transform=self.layers,
         )

@@ -1,4 +1,4 @@
-"""Four kinds of small modules in one PEFT method, each absent or of some size, on chosen layers.
+"""Five kinds of small modules in one PEFT method, each absent or of some size, on chosen layers.
 
     import deltaloom.core.adapters  # makes PEFT know it
     model = get_peft_model(model, CompositeConfig(serial=8, prefix=4, layers_to_transform=[0, 3]))
@@ -8,13 +8,15 @@ In a layer, with h the input of its feed-forward and f(h) its output:
     serial     f(h) + U gelu(D f(h))                  Pfeiffer et al. 2021 (arXiv 2005.00247)
     parallel   f(h) + s U gelu(D h), s = 4            He et al. 2022 (arXiv 2110.04366)
     lora       W x + 2 B A x at queries and values    Hu et al. 2021 (arXiv 2106.09685)
+    sparse     W x + S x at queries and values        Bhardwaj et al. 2024 (arXiv 2406.13175)
     prefix     keys and values before the others'     Li & Liang 2021 (arXiv 2101.00190)
 
-U and B begin at zero, so that these three change nothing yet; a prefix begins small and random and
-does. PEFT's own prefixes cannot be mixed with other kinds and are the same in every layer; here the
-attention is given a cache that puts the prefix first, and a mask that lets it be seen. Models whose
-layers are `layers.N` with `self_attn` and `mlp` inside are covered, on attention that takes masks
-(`sdpa`, `eager`).
+S has as many elements that are not zero as a low-rank change of rank `sparse` has parameters, at
+random places (as SHiRA). U, B and S begin at zero, so that these four change nothing yet; a prefix
+begins small and random and does. PEFT's own prefixes cannot be mixed with other kinds and are the
+same in every layer; here the attention is given a cache that puts the prefix first, and a mask that
+lets it be seen. Models whose layers are `layers.N` with `self_attn` and `mlp` inside are covered,
+on attention that takes masks (`sdpa`, `eager`).
 
 Not covered: merging into the base, prefixes made by a network while training.
 """
@@ -31,21 +33,25 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from deltaloom.core.adapters._register import register
+from deltaloom.core.adapters._sparse_product import add_product
+from deltaloom.core.adapters.sparse import layout_of, random_support
 
 NAME = "deltaloom_composite"
 KIND = NAME.upper()
 PARALLEL_SCALE = 4.0
 LORA_SCALE = 2.0
-LORA_TARGETS = ("q_proj", "v_proj")
+TARGETS = ("q_proj", "v_proj")
+"""What low ranks and sparse changes are of."""
 
 
 @dataclass
 class CompositeConfig(PeftConfig):
-    """Sizes of the four kinds, 0 for none, and the layers that have them."""
+    """Sizes of the five kinds, 0 for none, and the layers that have them."""
 
     serial: int = field(default=0, metadata={"help": "Width of the bottleneck after the MLP."})
     parallel: int = field(default=0, metadata={"help": "Width of the bottleneck beside the MLP."})
     lora: int = field(default=0, metadata={"help": "Rank at queries and values."})
+    sparse: int = field(default=0, metadata={"help": "Elements at queries and values, as a rank."})
     prefix: int = field(default=0, metadata={"help": "Keys and values before the others'."})
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Numbers of the layers to adapt; None for all."}
@@ -57,10 +63,10 @@ class CompositeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(KIND)
-        own = ["self_attn"] * bool(self.lora or self.prefix)
+        own = ["self_attn"] * bool(self.lora or self.sparse or self.prefix)
         own += ["mlp"] * bool(self.serial or self.parallel)
         if not own:
-            raise ValueError("serial, parallel, lora and prefix are all 0: nothing to train")
+            raise ValueError("serial, parallel, lora, sparse, prefix are all 0: nothing to train")
         self.target_modules = set(own)  # pyright: ignore
 
 
@@ -71,6 +77,7 @@ class CompositeLayer(nn.Module, BaseTunerLayer):
         "composite_serial",
         "composite_parallel",
         "composite_lora",
+        "composite_sparse",
         "composite_prefix",
     )
 
@@ -82,14 +89,15 @@ class CompositeLayer(nn.Module, BaseTunerLayer):
         self.composite_serial = nn.ModuleDict()
         self.composite_parallel = nn.ModuleDict()
         self.composite_lora = nn.ModuleDict()
+        self.composite_sparse = nn.ModuleDict()
         self.composite_prefix = nn.ParameterDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.width = width
-        for name in LORA_TARGETS:
+        for name in TARGETS:
             if hasattr(base_layer, name):
-                getattr(base_layer, name).register_forward_hook(self._lora_hook(name))
+                getattr(base_layer, name).register_forward_hook(self._hook(name))
         self.update_layer(adapter_name, config)
 
     @property
@@ -102,7 +110,14 @@ class CompositeLayer(nn.Module, BaseTunerLayer):
         if self.is_attention:
             if config.lora:
                 self.composite_lora[name] = nn.ModuleDict(
-                    {target: self._low_rank(target, config.lora) for target in LORA_TARGETS}
+                    {target: self._low_rank(target, config.lora) for target in TARGETS}
+                )
+            if config.sparse:
+                self.composite_sparse[name] = nn.ModuleDict(
+                    {
+                        target: _Sparse(getattr(self.base_layer, target), config.sparse)
+                        for target in TARGETS
+                    }
                 )
             if config.prefix:
                 self.composite_prefix[name] = nn.Parameter(self._first_prefix(config.prefix))
@@ -149,7 +164,7 @@ class CompositeLayer(nn.Module, BaseTunerLayer):
         dtype = next(module.parameters()).dtype
         return module(x.to(dtype)).to(x.dtype)
 
-    def _lora_hook(self, target: str) -> Any:
+    def _hook(self, target: str) -> Any:
         def add(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
             if self.disable_adapters:
                 return out
@@ -157,6 +172,9 @@ class CompositeLayer(nn.Module, BaseTunerLayer):
                 if name in self.composite_lora:
                     factors: Any = self.composite_lora[name]
                     out = out + LORA_SCALE * self._through(factors[target], given[0])
+                if name in self.composite_sparse:
+                    changes: Any = self.composite_sparse[name]
+                    out = changes[target](out, given[0])
             return out
 
         return add
@@ -187,7 +205,7 @@ class CompositeLayer(nn.Module, BaseTunerLayer):
         device = device or self._device()
         if device.type == "meta":
             return
-        for kind in self.adapter_layer_names[:3]:
+        for kind in self.adapter_layer_names[:-1]:
             if adapter_name in getattr(self, kind):
                 getattr(self, kind)[adapter_name].to(device)
         if adapter_name in self.composite_prefix:
@@ -220,6 +238,24 @@ class CompositeModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
+
+
+class _Sparse(nn.Module):
+    """A few elements of a linear module's weight, all zero, at places that torch's seed decides."""
+
+    def __init__(self, linear: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layout = layout_of(linear)
+        count = min(size * (self.layout.rows + self.layout.columns), self.layout.numel)
+        where = random_support(self.layout.numel, count, int(torch.randint(1 << 31, ())))
+        kind = torch.int32 if self.layout.numel < 1 << 31 else torch.int64
+        self.indices: Tensor
+        self.register_buffer("indices", where.to(kind))
+        self.values = nn.Parameter(torch.zeros(count))
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out` (..., out) with what the elements give of `x` (..., in) added."""
+        return add_product(out, x, self.values, self.indices, self.layout, None)
 
 
 class _Prefixed:
