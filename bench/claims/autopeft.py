@@ -40,8 +40,8 @@ SIZES = (1, 4, 16, 64)
 MOST = 18.0
 """log2 of more parameters than any configuration has that is worth a look."""
 TUNE = {"lr": 2e-2, "epochs": 4.0, "batch_size": 16}
-"""One learning rate for all; of 5e-3 and 2e-2 the better one for defaults on seed 0, which is none of
-the claim's."""
+"""One learning rate for all: of 5e-3 and 2e-2 the better one for the defaults, on seed 0, which is
+none of the claim's."""
 UNTOUCHED = "untouched"
 ARMS = {
     "search": "search autopeft",

@@ -3,24 +3,13 @@
 import math
 
 import pytest
+from bowls import SPACE, bowl
 from tiny import run_in
 
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.search._space import Dimension, check_space, first_points
 from deltaloom.search._storage import JOURNAL
 from deltaloom.search._study import Outcome, Study, best
-
-SPACE = {
-    "x": Dimension(low=-2.0, high=2.0),
-    "n": Dimension(low=1, high=8, integer=True, log=True),
-    "kind": Dimension(choices=["a", "b"]),
-}
-
-
-def bowl(settings, run):
-    (run.work / "seen").write_text("x")
-    away = (settings["x"] - 1) ** 2 + math.log2(settings["n"]) / 10 + (settings["kind"] == "b")
-    return Outcome({"loss": away}, {"steps": 1.0})
 
 
 def study(run, trials=9, **more):

@@ -56,6 +56,9 @@ FRONT = "front"
 class Autopeft(GradientSettings, Searcher):
     """Pareto front of mixed modules."""
 
+    # Five are the fewest of which two are proposed by results; a rung above takes two of them.
+    trial = {"trials": 5, "epochs": 0.2, "rungs": 2, "largest": 4}
+
     trials: Annotated[int, Field(ge=1)] = 8
     """Configurations to tune (ours; AutoPEFT: 200)."""
     largest: Annotated[int, Field(ge=1)] = 64

@@ -58,6 +58,8 @@ class Width(GradientSettings, Searcher):
     """Hyper-parameter transfer over width and depth."""
 
     weightless = True
+    # Five are the fewest of which two are proposed by results.
+    trial = {"trials": 5, "epochs": 0.1, "check_steps": 2}
 
     rule: Literal["completep", "depth-mup", "mup"] = "completep"
     """Which rules: mup for width alone; depth-mup and completep for depth as well, with residual
