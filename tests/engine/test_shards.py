@@ -71,8 +71,7 @@ def test_a_shard_that_kills_its_workers_ends_the_work(tmp_path):
         run(Squares(tmp_path, dies={2: 99}), range(4), Workers(2))
 
 
-@pytest.mark.parametrize("crew", CREWS[1:], ids=["one", "three"])
-def test_items_may_wait_for_others_and_one_may_be_lost(tmp_path, crew):
+def test_items_may_wait_for_others_and_one_may_be_lost(tmp_path):
     found, lost, drawn = {}, {}, []
 
     def draw():
@@ -84,7 +83,7 @@ def test_items_may_wait_for_others_and_one_may_be_lost(tmp_path, crew):
         return number
 
     job = Squares(tmp_path, dies={2: 99})
-    run_drawn(job, draw, 7, crew, found.setdefault, lost.setdefault)
+    run_drawn(job, draw, 7, Workers(2), found.setdefault, lost.setdefault)
     assert drawn == list(range(1, 8))
     assert set(found) == {1, 3, 4, 5, 6, 7}
     assert lost == {2: "3 workers died over it (exit status -9)"}

@@ -81,12 +81,36 @@ def test_every_point_loads_and_the_choice_is_tuned_elsewhere(given, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "The front: no other trial is better in both" in page
     assert "on untouched rows" in page
+    # A mixture found on one task is tuned on another.
     values = {"method": "composite", "settings_from": str(out), "epochs": 1, "name": "other"}
-    values |= {key: given[key] for key in ("base", "data")}
+    values |= {"base": given["base"], "data": str(rows_in(tmp_path / "other.jsonl", 9))}
     again = run_step(parse_step("tune", values, "tune composite"), tmp_path / "other")
     (step,) = again["recipe"]["steps"]
-    assert step["tune"]["layers"] == front[0]["settings"]["layers"]
-    assert load(tmp_path / "other", base).kind == "composite"
+    assert front[0]["settings"].items() <= step["tune"].items()
+    reused = load(tmp_path / "other", base)
+    assert reused.kind == "composite"
+    model = reused.apply(base)
+    held = sum(p.numel() for n, p in model.named_parameters() if "composite_" in n)
+    assert held == front[0]["parameters"]
+
+
+def test_workers_give_the_same_fronts_and_cheap_attempts_are_none(given, tmp_path):
+    settings = {"trials": 4, "rungs": 2, "ahead": 2}
+    here = searched(given, tmp_path / "here", **settings)
+    shared = searched(given, tmp_path / "shared", **settings, workers=2)
+    assert testing.product(tmp_path / "here") == testing.product(tmp_path / "shared")
+    # Measuring the front is counted here, and what workers did is sent back.
+    for key in ("forward_tokens", "backward_tokens", "flops"):
+        assert here["cost"][key] == shared["cost"][key] > 0
+    trials = [json.loads(line) for line in (tmp_path / "here" / "trials.jsonl").open()]
+    assert [trial["rung"] for trial in trials] == [0] * 4 + [1] * 2
+    first = {json.dumps(trial["settings"]): trial for trial in trials[:4]}
+    for trial in trials[4:]:
+        cheap = first[json.dumps(trial["settings"])]
+        if trial["cost"]:
+            assert cheap["cost"]["backward_tokens"] < 0.5 * trial["cost"]["backward_tokens"]
+    front = json.loads((tmp_path / "here" / "front.json").read_text())
+    assert {point["trial"] for point in front} <= {4, 5}
 
 
 def test_interrupted_it_ends_in_the_same_bytes(given, tmp_path, monkeypatch):

@@ -54,7 +54,8 @@ def run_shards(job: Job, items: Sequence[Hashable], workers: Workers, done: Done
 
     Raises InputError or WorkError as the job does, WorkError when a shard keeps killing its worker.
     """
-    run_drawn(job, partial(next, iter(items), None), len(items), workers, done)
+    if items:
+        run_drawn(job, partial(next, iter(items), None), len(items), workers, done)
 
 
 def run_drawn(
@@ -64,8 +65,6 @@ def run_drawn(
 
     With `lost` the work goes on without an item that keeps killing its worker.
     """
-    if not most:
-        return
     if workers.cluster is not None:
         _drive(_Ray(job, workers, most), draw, done, lost or _given_up)
     elif workers.count:

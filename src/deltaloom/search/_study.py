@@ -77,17 +77,11 @@ class Study:
                 self.space, self.goals, self.trials, self.run.seed, self.first, self.ahead
             )
             self._check_workers(proposer)
-        numbers = range(self.trials)
-        settings = proposer.propose
-        for rung, attempt in enumerate(attempts):
-            _Rung(self, rung, attempt, numbers, settings, records, clock).climb()
-            found = [records.done[number] for number in numbers]
-            best = ranked(found, self.goals)
-            if not best:
-                raise WorkError(f"all {len(found)} trials failed; the first: {found[0].failed}")
-            best = best[: math.ceil(self.trials / KEPT ** (rung + 1))]
-            numbers = range(numbers.stop, numbers.stop + len(best))
-            settings = _Promoted(numbers.start, best)
+        climb = _Climb(self, proposer, records, clock, len(attempts))
+        job = _Trials(attempts, list(self.goals), self.run, self.run.folder, self.run.seed)
+        planned = sum(map(climb.share, range(len(attempts))))
+        most = max(1, planned - len(records.done))
+        run_drawn(job, climb.draw, most, self.run.workers, climb.done, climb.lost)
         past = self.run.record["notes"]
         self.run.note(
             trial_seconds=past.get("trial_seconds", 0.0) + clock.trials,
@@ -102,16 +96,6 @@ class Study:
                 f"after the first {proposer.evenly} trials {self.ahead} of {count} workers are "
                 f"busy at most: ahead = {self.ahead}"
             )
-
-
-class _Promoted:
-    """Settings of the trials that go on, under their new numbers."""
-
-    def __init__(self, start: int, best: list[Trial]) -> None:
-        self.start, self.best = start, best
-
-    def __call__(self, number: int, done: Mapping[int, Trial]) -> dict[str, Any]:
-        return self.best[number - self.start].settings
 
 
 class _Clock:
@@ -132,51 +116,68 @@ class _Item(NamedTuple):
     """A trial to do; settings as JSON, because items are looked up."""
 
     number: int
+    rung: int
     settings: str
 
 
-@dataclass
-class _Rung:
-    """One attempt of some trials."""
+class _Climb:
+    """What is to be done next, attempt after attempt, and what was done."""
 
-    study: Study
-    rung: int
-    attempt: Attempt
-    numbers: range
-    settings: Callable[[int, Mapping[int, Trial]], dict[str, Any] | None]
-    records: _Records
-    clock: _Clock
+    def __init__(
+        self, study: Study, proposer: Proposer, records: _Records, clock: _Clock, rungs: int
+    ) -> None:
+        self.study, self.records, self.clock, self.rungs = study, records, clock, rungs
+        self.rung, self.numbers, self.next = 0, range(study.trials), 0
+        self.settings: Callable[[int, Mapping[int, Trial]], dict[str, Any] | None]
+        self.settings = proposer.propose
 
-    def climb(self) -> None:
-        """Do those that are not done."""
-        self.next = self.numbers.start
-        run = self.study.run
-        job = _Trials(self.attempt, list(self.study.goals), self.rung, run, run.folder, run.seed)
-        left = sum(number not in self.records.done for number in self.numbers)
-        run_drawn(job, self._draw, left, run.workers, self._done, self._lost)
+    def share(self, rung: int) -> int:
+        """Trials that an attempt has at most."""
+        return math.ceil(self.study.trials / KEPT**rung)
 
-    def _draw(self) -> _Item | None:
+    def draw(self) -> _Item | None:
+        """The next trial if it can be done already; raises WorkError when all of an attempt's
+        failed.
+        """
         with self.clock.outside():
-            while self.next < self.numbers.stop:
+            while self.next < self.numbers.stop or self._higher():
                 settings = self.settings(self.next, self.records.done)
                 if settings is None:
                     return None
                 number, self.next = self.next, self.next + 1
                 if number not in self.records.done:
-                    said = f"trial {number + 1} of {self.numbers.stop}: {brief(settings)}"
-                    say(said)
-                    return _Item(number, json.dumps(settings))
+                    say(f"trial {number + 1} of {self.numbers.stop}: {brief(settings)}")
+                    return _Item(number, self.rung, json.dumps(settings))
         return None
 
-    def _done(self, item: _Item, made: _Made) -> None:
+    def _higher(self) -> bool:
+        """Go on to the next attempt, if there is one and this one's trials are done."""
+        found = [self.records.done.get(number) for number in self.numbers]
+        ended = [trial for trial in found if trial is not None]
+        if len(ended) < len(found):
+            return False
+        best = ranked(ended, self.study.goals)
+        if not best:
+            raise WorkError(f"all {len(ended)} trials failed; the first: {ended[0].failed}")
+        if self.rung + 1 == self.rungs:
+            return False
+        self.rung += 1
+        start, best = self.numbers.stop, best[: self.share(self.rung)]
+        self.numbers = range(start, start + len(best))
+        self.settings = lambda number, _: best[number - start].settings
+        return True
+
+    def done(self, item: _Item, made: _Made) -> None:
+        """A trial has ended."""
         self.clock.trials += made.seconds
         with self.clock.outside():
             self.study.run.spend(**made.cost)
             self.study.run.note(**made.notes)
             self._record(made.trial)
 
-    def _lost(self, item: _Item, how: str) -> None:
-        self._record(Trial(item.number, json.loads(item.settings), {}, {}, how, self.rung))
+    def lost(self, item: _Item, how: str) -> None:
+        """A trial kills whoever does it."""
+        self._record(Trial(item.number, json.loads(item.settings), {}, {}, how, item.rung))
 
     def _record(self, trial: Trial) -> None:
         self.records.add(trial)
@@ -199,9 +200,8 @@ class _Made:
 class _Trials(Job):
     """Does trials in `run`, or in a worker whose notes and costs are sent back."""
 
-    attempt: Attempt
+    attempts: Sequence[Attempt]
     goals: list[str]
-    rung: int
     run: Run | None
     folder: Path
     seed: int
@@ -225,21 +225,22 @@ class _Trials(Job):
 
     def _make(self, item: _Item, run: Run, cost: dict[str, float], notes: dict[str, Any]) -> _Made:
         start = time.perf_counter()
-        trial = self._try(item.number, json.loads(item.settings), run)
+        trial = self._try(item, json.loads(item.settings), run)
         return _Made(trial, time.perf_counter() - start, cost, notes)
 
-    def _try(self, number: int, settings: dict[str, Any], run: Run) -> Trial:
+    def _try(self, item: _Item, settings: dict[str, Any], run: Run) -> Trial:
         import torch
 
+        number, rung = item.number, item.rung
         try:
-            outcome = self.attempt(settings, run)
+            outcome = self.attempts[rung](settings, run)
         except (WorkError, torch.OutOfMemoryError) as error:
-            return Trial(number, settings, {}, {}, str(error).splitlines()[0], self.rung)
+            return Trial(number, settings, {}, {}, str(error).splitlines()[0], rung)
         wrong = [name for name in self.goals if not math.isfinite(outcome.values[name])]
         if wrong:
             reason = f"{wrong[0]} is {outcome.values[wrong[0]]}"
-            return Trial(number, settings, {}, outcome.cost, reason, self.rung)
-        return Trial(number, settings, outcome.values, outcome.cost, rung=self.rung)
+            return Trial(number, settings, {}, outcome.cost, reason, rung)
+        return Trial(number, settings, outcome.values, outcome.cost, rung=rung)
 
 
 class _Records:
