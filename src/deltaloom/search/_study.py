@@ -78,7 +78,7 @@ class Study:
             )
             self._check_workers(proposer)
         climb = _Climb(self, proposer, records, clock, len(attempts))
-        job = _Trials(attempts, list(self.goals), self.run, self.run.folder, self.run.seed)
+        job = _Trials(attempts, list(self.goals), self.run, self.run.home, self.run.seed)
         planned = sum(map(climb.share, range(len(attempts))))
         most = max(1, planned - len(records.done))
         run_drawn(job, climb.draw, most, self.run.workers, climb.done, climb.lost)
@@ -203,7 +203,7 @@ class _Trials(Job):
     attempts: Sequence[Attempt]
     goals: list[str]
     run: Run | None
-    folder: Path
+    home: Path
     seed: int
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class _Trials(Job):
         return self._make(item, self.run.nested(f"trial-{item.number}"), {}, {})
 
     def _away(self, item: _Item) -> _Made:
-        run = Run.apart(self.folder, self.seed).nested(f"trial-{item.number}")
+        run = Run.apart(self.home, self.seed).nested(f"trial-{item.number}")
         # The bars of several trials would write over each other.
         with open(run.folder / "said.txt", "a") as file, contextlib.redirect_stderr(file):
             return self._make(item, run, run.record["cost"], run.record["notes"])
