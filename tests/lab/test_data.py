@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from deltaloom.lab import TARGETS, tasks
-from deltaloom.lab.files import _write_jsonl
+from deltaloom.lab.files import write_jsonl
 from deltaloom.lab.world import ATTRIBUTES, KINDS
 
 # Written out again on purpose: the test must not lean on the table it tests.
@@ -152,8 +152,8 @@ def test_jsonl_is_atomic(tmp_path):
         yield {"a": 1}
         raise RuntimeError("stop")
 
-    path = _write_jsonl(tmp_path / "x.jsonl", [{"a": 0}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"a": 0}])
     with pytest.raises(RuntimeError, match="stop"):
-        _write_jsonl(path, broken())
+        write_jsonl(path, broken())
     assert path.read_text() == '{"a": 0}\n'
     assert list(tmp_path.iterdir()) == [path]

@@ -40,15 +40,15 @@ def write_lab(folder: str | Path, seed: int = 0, size: str = "full") -> dict[str
     asked = [row for n in tasks.TARGETS for row in tasks.questions(world, split.pool, n, seed)]
     paths = {
         "base": _write_model(folder / "base", shipped_model),
-        "pool": _write_jsonl(folder / "pool.jsonl", pool),
-        "truth": _write_jsonl(folder / "truth.jsonl", truth),
-        "questions": _write_jsonl(folder / "questions.jsonl", asked),
+        "pool": write_jsonl(folder / "pool.jsonl", pool),
+        "truth": write_jsonl(folder / "truth.jsonl", truth),
+        "questions": write_jsonl(folder / "questions.jsonl", asked),
     }
     for name in tasks.TARGETS:
         target = tasks.target_records(world, split.target, name, seed)
         test = tasks.test_records(world, split.test[:tested], name, questions, seed)
-        paths[f"target-{name}"] = _write_jsonl(folder / f"target-{name}.jsonl", target)
-        paths[f"test-{name}"] = _write_jsonl(folder / f"test-{name}.jsonl", test)
+        paths[f"target-{name}"] = write_jsonl(folder / f"target-{name}.jsonl", target)
+        paths[f"test-{name}"] = write_jsonl(folder / f"test-{name}.jsonl", test)
     return paths
 
 
@@ -128,7 +128,7 @@ def _same_files(a: Path, b: Path) -> bool:
     )
 
 
-def _write_jsonl(path: Path, records: Iterable[dict]) -> Path:
+def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
     """Write one JSON object a line, under a temporary name first."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

@@ -57,6 +57,9 @@ class Lora(GradientTuner):
     modules: list[str] | None = None
     """Names of the modules to adapt, by their last part (`[q_proj, v_proj]`); None adapts every
     linear module but the output head."""
+    start: str | None = None
+    """Go on from the LoRA adapter in this folder, of the same base: one that `tune meta` or `tune
+    lora` wrote. r, alpha, dropout, rslora and modules are then the adapter's."""
 
     def work(self, sizes: Sizes) -> Work:
         """The base, and float32 factors with gradient and Adam's moments; no activations."""
@@ -87,8 +90,9 @@ class Lora(GradientTuner):
         from deltaloom.engine.scaled_adam import LoraScaled
 
         width = model.config.get_text_config().hidden_size
+        own = model.active_peft_config
         return LoraScaled(
-            width / (self.lr_width or width), self.r / (self.lr_rank or self.r), self.rslora
+            width / (self.lr_width or width), own.r / (self.lr_rank or own.r), own.use_rslora
         )
 
     def config(self, base: Base) -> Any:
@@ -105,23 +109,44 @@ class Lora(GradientTuner):
         )
 
     def attach(self, base: Base, seed: int) -> Any:
-        """`base` loaded, with fresh adapters in float32 that `seed` decides."""
+        """`base` loaded, with adapters in float32: those of `start`, or fresh ones that `seed`
+        decides."""
         from peft import get_peft_model
         from transformers import set_seed
 
         set_seed(seed)
         config = self.config(base)
-        model = base.load(new_head=True)
-        try:
-            model = get_peft_model(model, config)
-        except ValueError as error:
-            raise InputError(
-                f"tune lora: modules = {self.modules}: {base.model} has no such modules ({error})"
-            ) from None
+        if self.start is not None:
+            model = adapted(base, self.start)
+        else:
+            try:
+                model = get_peft_model(base.load(new_head=True), config)
+            except ValueError as error:
+                raise InputError(
+                    f"tune lora: modules = {self.modules}: {base.model} has no such modules "
+                    f"({error})"
+                ) from None
         if self.gradient_checkpointing:
             # Frozen embeddings give activations without a gradient to recompute from.
             model.enable_input_require_grads()
         return model.train()
+
+
+def adapted(base: Base, start: str) -> Any:
+    """`base` loaded with the LoRA adapter in the folder `start`, to be trained further.
+
+    Raises InputError for an adapter of another base or kind.
+    """
+    from peft import PeftModel
+
+    found = load(start, base)
+    folder = getattr(found, "folder", None)
+    if found.kind != "lowrank" or folder is None:
+        raise InputError(
+            f"start: {start} holds a {found.kind} delta and no LoRA adapter; name a folder that "
+            "tune lora or tune meta wrote"
+        )
+    return PeftModel.from_pretrained(base.load(new_head=True), str(folder), is_trainable=True)
 
 
 def save_adapter(model: Any, folder: Path, base: Base, kind: str = "lowrank") -> None:
