@@ -37,6 +37,16 @@ RUNS = [
             {"tuned": "prefix"},
         )
     ),
+    *(
+        ("tune", "meta", {"steps": 1, "tasks": 2, "shots": 2, "queries": 2, **kind})
+        for kind in (
+            {"inner": "kernel", "order": "whole"},
+            {"inner": "energy"},
+            {"inner": "gradient"},
+            {"inner": "reptile", "tuned": "full"},
+        )
+    ),
+    ("tune", "kernel", {}),
     ("tune", "prefer", SHORT),
     ("tune", "prompt", {**SHORT, "form": "prefix"}),
     *(
@@ -87,20 +97,20 @@ def away(monkeypatch):
         yield loaded
 
 
-def few(given, home):
+def few(given, home, rows=ROWS):
     """Inputs of the suite with a few rows of each file."""
     found = {}
     for key, value in given.items():
         files = value if isinstance(value, list) else [value]
         if key in ("pool", "target", "data", "tasks"):
-            files = [cut(Path(file), home / f"{number}-{key}") for number, file in enumerate(files)]
+            files = [cut(Path(f), home / f"{number}-{key}", rows) for number, f in enumerate(files)]
         found[key] = files if isinstance(value, list) else files[0]
     return found
 
 
-def cut(file, home):
+def cut(file, home, rows):
     home.mkdir(exist_ok=True)
-    lines = file.read_text().splitlines(keepends=True)[:ROWS]
+    lines = file.read_text().splitlines(keepends=True)[:rows]
     (home / file.name).write_text("".join(lines))
     return str(home / file.name)
 
@@ -114,8 +124,8 @@ def named(run):
 @pytest.mark.parametrize("run", RUNS, ids=named)
 def test_it_runs(away, run, tmp_path, monkeypatch):
     verb, name, settings = run
-    inputs = testing.inputs
-    monkeypatch.setattr(testing, "inputs", lambda verb: few(inputs(verb), tmp_path))
+    inputs, rows = testing.inputs, 100 if name == "meta" else ROWS  # two of every source
+    monkeypatch.setattr(testing, "inputs", lambda verb: few(inputs(verb), tmp_path, rows))
     testing.run(testing.entry(verb, name), tmp_path / "out", **settings)
     assert away
     assert all(isinstance(p, Away) for model in away for p in model.parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -90,7 +91,7 @@ class Learner:
     def loss(self, rows: Sequence[Encoded]) -> Function:
         """Mean cross-entropy of all response tokens of `rows`."""
         batch = self._batch(rows)
-        learned = int((batch["labels"][:, 1:] != -100).sum())
+        learned = max(1, int((batch["labels"][:, 1:] != -100).sum()))
         size = sum(len(row.input_ids) for row in rows)
 
         def loss(parameters: Parameters) -> Tensor:
@@ -159,10 +160,9 @@ class _With:
         return getattr(self._model, name)
 
 
-def _twice(needed: bool) -> Any:
+def _twice(needed: bool) -> AbstractContextManager[Any]:
     """Attention that can be differentiated twice, where that is needed."""
-    every = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(SDPBackend.MATH if needed else every)
+    return sdpa_kernel(SDPBackend.MATH) if needed else nullcontext()
 
 
 def learn(
@@ -209,7 +209,8 @@ def _step(learner: Learner, tasks: list[Drawn], settings: MetaSettings) -> float
     found = [learner.outer(task, settings) for task in tasks]
     for name in learner.names:
         parameter = learner.model.get_parameter(name)
-        parameter.grad = sum(one.gradient[name] for one in found).to(parameter) / len(found)
+        total = sum((one.gradient[name] for one in found), torch.zeros_like(parameter))
+        parameter.grad = total / len(found)
     return math.fsum(one.loss for one in found) / len(found)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltaloom.core.run import Run
 
 MOST = 4096
-"""Rows: their kernel's exponential takes about a minute."""
+"""Rows, whose kernel takes 128 MiB."""
 
 
 @final
@@ -71,6 +71,8 @@ class Kernel(Tuner):
         """
         import torch
 
+        from deltaloom.engine.forward import padding_token
+
         if evaluation is not None:
             raise InputError(
                 "tune kernel makes one change and has nothing to evaluate on the way; leave out "
@@ -85,7 +87,7 @@ class Kernel(Tuner):
         rows = rows_for(base, tokenizer, data, self.max_length, run)
         rows.sort(key=lambda row: (len(row.input_ids), row.id))
         model = self._model(base, run.seed)
-        before, change = _flow(model, rows, tokenizer.pad_token_id, self.time, run)
+        before, change = _flow(model, rows, padding_token(tokenizer), self.time, run)
         with torch.no_grad():
             for name, by in change.items():
                 model.get_parameter(name).add_(by)
@@ -111,12 +113,16 @@ def _flow(
     from deltaloom.engine.forward import budgeted, device_of
     from deltaloom.engine.gradients import TOKENS, mean_loss
     from deltaloom.engine.meter import count_training
-    from deltaloom.engine.ntk import gram
+    from deltaloom.engine.ntk import MEMORY, gram
     from deltaloom.engine.train import collate
 
     device = device_of(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    tuned = [model.get_parameter(name) for name in names]
     budget = TOKENS["cpu" if device.type == "cpu" else "other"]
-    parts = [*budgeted([len(row.input_ids) for row in rows], budget)]
+    most = max(1, MEMORY // (4 * sum(one.numel() for one in tuned)))  # rows' gradients held
+    wide = budgeted([len(row.input_ids) for row in rows], budget)
+    parts = [part[k : k + most] for part in wide for k in range(0, len(part), most)]
     collated = (collate([rows[i] for i in part], pad_id) for part in parts)
     batches = [{key: value.to(device) for key, value in one.items()} for one in collated]
     found = gram(model, batches, batches, lambda batch: mean_loss(model, batch)[:, None])
@@ -126,12 +132,10 @@ def _flow(
     if not (torch.isfinite(losses).all() and torch.isfinite(kernel).all()):
         raise WorkError("a row's loss or gradient is not finite; look at the rows, or use float32")
     own = weights(kernel, -losses, time)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    tuned = [model.get_parameter(name) for name in names]
     total = [torch.zeros_like(one) for one in tuned]
     for part, batch in zip(parts, batches, strict=True):
         value = (mean_loss(model, batch) * own[part].to(device, torch.float32)).sum()
-        for sum_, slope in zip(total, torch.autograd.grad(value, tuned), strict=True):
-            sum_ += slope
+        for by, slope in zip(total, torch.autograd.grad(value, tuned), strict=True):
+            by += slope
     count_training(run, model, 2 * sum(len(row.input_ids) for row in rows), "adapter")
     return float(losses.mean()), dict(zip(names, total, strict=True))

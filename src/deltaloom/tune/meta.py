@@ -127,6 +127,7 @@ class Meta(Tuner):
 
         Raises InputError for a single task, for a task of one row, and for `evaluate`.
         """
+        from deltaloom.engine.forward import padding_token
         from deltaloom.tune._meta import Learner, MetaSettings, learn
 
         if evaluation is not None:
@@ -137,7 +138,7 @@ class Meta(Tuner):
         tasks = self._tasks(base, data, run)
         model = self._model(base, run.seed)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        learner = Learner(model, names, base.tokenizer().pad_token_id)
+        learner = Learner(model, names, padding_token(base.tokenizer()))
         values = {name: getattr(self, name) for name in MetaSettings.__dataclass_fields__}
         learn(learner, tasks, MetaSettings(**values), run, self._counted)
         run.note(tasks=len(tasks), steps=self.steps)
