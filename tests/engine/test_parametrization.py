@@ -8,15 +8,8 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from deltaloom.core.errors import InputError
-from deltaloom.engine.parametrization import (
-    Parametrization,
-    Scales,
-    layer_free,
-    lora_rates,
-    score_scale,
-    shapes,
-    stock_multiplier,
-)
+from deltaloom.engine.decoders import family_of, score_scale, stock_multiplier
+from deltaloom.engine.parametrization import Parametrization, Scales, lora_rates, shapes
 from deltaloom.engine.proxy import resized
 from deltaloom.engine.scaled_adam import ScaledAdamW
 
@@ -44,7 +37,12 @@ KINDS = {
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 8},
     "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 8},
     "granite": {"tie_word_embeddings": True},
+    "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt_neox": {"tie_word_embeddings": False},
+    "gpt_neox-tied": {"tie_word_embeddings": True, "use_parallel_residual": False},
 }
+FUSED = ("gpt2", "gpt_neox", "gpt_neox-tied")
+"""Queries, keys and values are one tensor: heads must have one size."""
 MULTIPLIERS = {"residual_multiplier": 0.5, "logits_scaling": 4.0, "embedding_multiplier": 2.0}
 
 
@@ -57,6 +55,11 @@ def config(kind: str, size: dict, **more):
         settings["head_dim"] = None
         if name == "granite":
             settings["attention_multiplier"] = 0.3
+    if kind in FUSED:
+        del settings["head_dim"], settings["num_key_value_heads"]
+        settings["num_attention_heads"] = settings["hidden_size"] // 4
+    if name == "gpt2":
+        settings["n_inner"] = settings.pop("intermediate_size")
     return CONFIG_MAPPING[name](**{k: v for k, v in settings.items() if v is not None})
 
 
@@ -93,15 +96,15 @@ def trained(model, optimizer, clip=None, steps=6):
 
 def unfolded(rules, model, lr, decay, eps):
     """`model` with explicit forward multipliers, and its groups: what folding must equal."""
-    found = {layer_free(name): rule for name, rule in rules.rules.items()}
-    tied = "lm_head.weight" not in found
+    embedding = next(rule for rule in rules.rules.values() if rule.kind == "embedding")
+    tied = all(rule.kind != "head" for rule in rules.rules.values())
     modules = dict(model.named_modules())
     for name, rule in rules.rules.items():
         if not name.endswith("weight") or rule.multiplier == 1:
             continue
         factor = rule.multiplier
-        if name == "model.norm.weight" and tied:
-            factor *= found["model.embed_tokens.weight"].multiplier
+        if rule.kind == "final norm" and tied:
+            factor *= embedding.multiplier
         modules[name.removesuffix(".weight")].register_forward_hook(
             lambda module, given, out, factor=factor: out * factor
         )
@@ -142,7 +145,8 @@ def exact(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folding_equals_explicit_forward_multipliers(kind, exact):
-    scales = Scales(init=1.5, embedding=0.7, output=2.0, attention=1.3, embedding_lr=3.0)
+    attention = 1.0 if kind in FUSED else 1.3
+    scales = Scales(init=1.5, embedding=0.7, output=2.0, attention=attention, embedding_lr=3.0)
     more = MULTIPLIERS if kind == "granite" else {}
     rules = Parametrization(config(kind, SMALL), config(kind, LARGE, **more), "completep", scales)
     lr, decay, eps, clip = 3e-3, 0.1, 1e-3, 0.5
@@ -161,12 +165,16 @@ def test_the_stock_multipliers_are_those_of_the_stock_model(kind):
     more = MULTIPLIERS if kind == "granite" else {}
     model = fresh(config(kind, LARGE, **more))
     seen = []
-    model.model.layers[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    block = model.get_submodule(family_of(model.config).layers)[0]
+    block.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     ids = torch.tensor([[3, 4, 5]])
     model(ids)
-    ratio = (seen[0] / model.model.embed_tokens.weight[ids]).mean().item()
-    assert ratio == pytest.approx(stock_multiplier(model.config, "embedding"), rel=1e-6)
-    assert model.model.layers[0].self_attn.scaling == pytest.approx(score_scale(model.config))
+    if kind != "gpt2":  # which adds positions
+        ratio = (seen[0] / model.get_input_embeddings().weight[ids]).mean().item()
+        assert ratio == pytest.approx(stock_multiplier(model.config, "embedding"), rel=1e-6)
+    parts = dict(block.named_children())
+    attention = next(parts[name] for name in ("self_attn", "attn", "attention") if name in parts)
+    assert attention.scaling == pytest.approx(score_scale(model.config))
 
 
 def test_a_stock_llama_follows_granite_with_its_multipliers():
@@ -231,6 +239,30 @@ def test_rules_are_the_published_tables():
         assert rules["model.norm.weight"].lr == rules["model.embed_tokens.weight"].lr == 1
 
 
+def test_one_tensor_for_queries_keys_and_values_has_the_rules_of_three():
+    """A GPT-2 at m = 4 and L = 2: its weights are (in, out) and its ends begin smaller."""
+    wide = {**LARGE, "intermediate_size": 48}
+    small, large = config("gpt2", SMALL), config("gpt2", wide)
+    rules = Parametrization(small, large).rules
+    fused, up, end = (
+        rules[f"transformer.h.1.{name}.weight"]
+        for name in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj")
+    )
+    assert (fused.init, fused.lr, fused.eps) == pytest.approx((1 / 2, 1 / 4, 1 / 8))
+    assert (up.init, up.lr, up.eps) == pytest.approx((1 / 2, 1 / 4, 1 / 8))
+    # 1 / L of the branch, and the root of L that the stock initialisation divides by
+    assert (end.init, end.lr) == pytest.approx((2**0.5 / 4, 1 / 8))
+    # of the target's stock std 0.2 / sqrt(4), this is the base's 0.2 / sqrt(2) / sqrt(m) / L
+    assert end.init * 0.2 / 4**0.5 == pytest.approx(0.2 / 2**0.5 / 2 / 2)
+    for ending in ("weight", "bias"):
+        norm = rules[f"transformer.ln_f.{ending}"]
+        assert (norm.init, norm.decay) == pytest.approx((1 / 4, 0))
+    assert rules["transformer.wpe.weight"] == rules["transformer.wte.weight"]
+    neox = Parametrization(config("gpt_neox", SMALL), config("gpt_neox", wide)).rules
+    ours = neox["gpt_neox.layers.1.attention.query_key_value.weight"]
+    assert (ours.init, ours.lr, ours.eps) == pytest.approx((1 / 2, 1 / 4, 1 / 8))
+
+
 def test_nothing_changes_at_the_base_and_nothing_is_scaled_without_rules():
     base = config("qwen3", SMALL)
     for rules in (
@@ -250,9 +282,17 @@ def test_key_and_value_heads_that_do_not_grow_follow_the_spectral_condition():
 
 
 def test_what_is_not_understood_is_refused_by_name():
-    gpt = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=13)
-    with pytest.raises(InputError, match=r"type 'gpt2' are not understood \(known: gemma, .*row"):
-        Parametrization(gpt, gpt)
+    opt = transformers.OPTConfig()
+    with pytest.raises(InputError, match=r"type 'opt' are not understood \(known: gemma, .*row"):
+        Parametrization(opt, opt)
+    small, large = config("gpt2", SMALL), config("gpt2", LARGE)
+    with pytest.raises(InputError, match="keep the size of heads and attention = 1"):
+        Parametrization(small, large, scales=Scales(attention=2.0))
+    with pytest.raises(InputError, match="no multiple of the size 4 of a head"):
+        resized(large, 0.3)
+    large.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(InputError, match="turn it off"):
+        Parametrization(small, large)
     llama, tied = config("llama-untied", SMALL), config("llama", SMALL)
     with pytest.raises(InputError, match=r"lm_head.weight is in only one of base and target"):
         Parametrization(llama, tied, "mup")
@@ -276,8 +316,13 @@ def test_a_proxy_keeps_head_sizes_and_every_shape_is_found_without_memory():
     assert len(small.layer_types) == 4
     assert shapes(large)["model.layers.35.mlp.up_proj.weight"] == (12288, 4096)
     assert len(Parametrization(large, small).table()) == 14
+    gpt = transformers.GPT2Config(n_embd=1024, n_head=16, n_layer=24)
+    small = resized(gpt, 1 / 8, 1 / 12)
+    assert (small.n_embd, small.n_head, small.n_layer, small.n_inner) == (128, 2, 2, None)
+    assert shapes(small)["transformer.h.1.mlp.c_fc.weight"] == (128, 512)
+    assert len(Parametrization(gpt, small).table()) == 16
     with pytest.raises(InputError, match="hidden size 1 and"):
-        resized(small, 1 / 256)
+        resized(small, 1 / 128)
 
 
 def test_lora_rates():

@@ -138,14 +138,33 @@ def test_what_cannot_be_searched_is_refused(base, rows, tmp_path, settings, sent
     assert not (tmp_path / "out").exists()
 
 
+def folder_of(model, base, folder):
+    """`model` with the tokenizer of `base`."""
+    model.save_pretrained(folder)
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
 def test_models_that_are_not_understood_are_refused(base, rows, tmp_path):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    small = OPTConfig(
+        hidden_size=16, ffn_dim=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=24
+    )
+    other = folder_of(OPTForCausalLM(small), base, tmp_path / "opt")
+    with pytest.raises(InputError, match="models of type 'opt' are not understood"):
+        searched(other, rows, tmp_path / "out")
+
+
+def test_a_model_with_one_tensor_for_queries_keys_and_values(base, rows, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    other = tmp_path / "gpt"
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=24)).save_pretrained(
-        other
+    small = GPT2Config(
+        n_embd=16, n_head=4, n_layer=2, vocab_size=24, bos_token_id=1, eos_token_id=2
     )
-    for file in base.glob("tokenizer*"):
-        shutil.copy(file, other)
-    with pytest.raises(InputError, match="models of type 'gpt2' are not understood"):
-        searched(other, rows, tmp_path / "out")
+    other = folder_of(GPT2LMHeadModel(small), base, tmp_path / "gpt")
+    searched(other, rows, tmp_path / "out", trials=1, check_steps=1)
+    choice = json.loads((tmp_path / "out" / "choice.json").read_text())
+    assert choice["proxy"] == {"hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1}
+    assert set(choice["slopes"]) == {"width", "layers"}

@@ -47,14 +47,15 @@ def coordinates(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(rules.config, dtype=torch.float32)
-    rules.initialize(model)
+    rules.initialize(model.eval())  # dropout would be a change, too
     optimizer = ScaledAdamW(rules.groups(model, lr))
     batch = collate(list(rows), pad_id)
     real = batch["attention_mask"].bool()
     found: list[Coordinate] = []
     first: dict[str, torch.Tensor] = {}
     for step in range(steps + 1):
-        seen = _activations(model, batch, optimizer if step < steps else None)
+        layers = model.get_submodule(rules.family.layers)
+        seen = _activations(model, layers, batch, optimizer if step < steps else None)
         for place, values in seen.items():
             kept = values[real]
             first.setdefault(place, kept)
@@ -97,11 +98,10 @@ def slopes(found: Sequence[Coordinate], over: str = "width") -> dict[str, float]
 
 
 def _activations(
-    model: Any, batch: dict[str, torch.Tensor], optimizer: Any
+    model: Any, layers: Any, batch: dict[str, torch.Tensor], optimizer: Any
 ) -> dict[str, torch.Tensor]:
     """Activations by place, each (b, T, width); then one step, with an optimizer."""
     seen: dict[str, torch.Tensor] = {}
-    layers = model.model.layers
     hooks = [
         layers[0].register_forward_pre_hook(
             lambda module, given: seen.update({"embedding": given[0].detach().clone()})

@@ -22,17 +22,17 @@ decay is multiplied by m_in for weights in blocks, so that lr x decay keeps, and
 head or, with tied embeddings, into the final norm; of attention into the queries' norm or
 projection; of a branch into the norm or the projection that ends it; of the embedding into the
 embedding (and out of a tied head through the final norm). A norm that multiplies by 1 + w is
-shifted to c (1 + w) - 1. Weights stay those of a plain checkpoint.
+shifted to c (1 + w) - 1. Weights stay those of a plain checkpoint. Where one tensor makes queries,
+keys and values (GPT-2, GPT-NeoX) scores cannot be multiplied: heads must keep their size.
 
 Differs: global clipping is by the norm of the gradients before folding, see `scaled_adam`.
 
-Not covered: experts, fused projections, optimizers other than Adam.
+Not covered: experts, gates fused with what they gate, optimizers other than Adam.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,61 +40,18 @@ from typing import Any, Literal
 import torch
 
 from deltaloom.core.errors import InputError
+from deltaloom.engine.decoders import (
+    NORMS,
+    family_of,
+    head_size,
+    layer_free,
+    score_scale,
+    stock_multiplier,
+)
 
 Depth = Literal["standard", "mup", "depth-mup", "completep"]
 ALPHA: dict[str, float] = {"depth-mup": 0.5, "completep": 1.0}
 """Depth exponents; the other two leave depth alone."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the forward pass of a model type does that parameter names do not show."""
-
-    one_plus: bool = False
-    """Norms multiply by 1 + w."""
-    embedding_root: bool = False
-    """The embedding is multiplied by the root of the hidden size."""
-
-
-UNDERSTOOD: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "smollm3": Family(),
-    "granite": Family(),
-    "olmo2": Family(),
-    "gemma": Family(one_plus=True, embedding_root=True),
-    "gemma2": Family(one_plus=True, embedding_root=True),
-    "gemma3_text": Family(one_plus=True, embedding_root=True),
-}
-"""Model types (`model_type` of the config) whose forward pass was checked against these rules."""
-
-BLOCK = "model.layers.*."
-"""How names of parameters in blocks begin, layers taken together."""
-PROJECTIONS = {
-    "self_attn.q_proj": "query",
-    "self_attn.k_proj": "hidden",
-    "self_attn.v_proj": "hidden",
-    "self_attn.o_proj": "end",
-    "mlp.gate_proj": "hidden",
-    "mlp.up_proj": "hidden",
-    "mlp.down_proj": "end",
-}
-NORMS = (
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-END_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-OUTSIDE = {
-    "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "norm",
-    "lm_head.weight": "head",
-}
 
 
 @dataclass(frozen=True)
@@ -155,7 +112,7 @@ class Parametrization:
         self.base, self.config = base, config
         self.depth: Depth = depth
         self.scales = scales or Scales()
-        self.family = _family(config)
+        self.family = family_of(config)
         if base.model_type != config.model_type:
             raise InputError(
                 f"base and target are of different types ({base.model_type}, {config.model_type}); "
@@ -169,7 +126,7 @@ class Parametrization:
                 f"{missing[0]} is in only one of base and target; their configs must differ in "
                 "sizes alone"
             )
-        self.names = frozenset(layer_free(name) for name in own)
+        self.kinds = self.family.kinds(known, config)
         self.m = config.hidden_size / base.hidden_size
         self.layers = config.num_hidden_layers / base.num_hidden_layers
         self.rules = {
@@ -178,9 +135,8 @@ class Parametrization:
         }
 
     def _rule(self, name: str, shape: torch.Size, base: torch.Size) -> Rule:
-        inside = name.startswith(BLOCK)
-        kind = OUTSIDE.get(name) or _kind(name, self.config)
-        one_plus = self.family.one_plus and kind == "norm"
+        kind, inside = self.kinds[name], name.startswith(self.family.block)
+        one_plus = self.family.one_plus and kind in NORMS
         if self.depth == "standard":
             decay = 0.0 if len(shape) == 1 else 1.0
             return Rule(kind, decay=decay, one_plus=one_plus)
@@ -188,35 +144,41 @@ class Parametrization:
         branch = 1.0 if alpha is None else self.layers**-alpha
         rate = 1.0 if alpha is None else self.layers ** (alpha - 1)
         if not inside:
-            rule = Rule(kind, eps=1 / self.m, decay=float(kind != "norm"), one_plus=one_plus)
+            rule = Rule(kind, eps=1 / self.m, decay=float(kind not in NORMS), one_plus=one_plus)
             if kind == "embedding":
                 rule = Rule(kind, lr=self.scales.embedding_lr, eps=1 / self.m)
         elif len(shape) == 1:
             rule = Rule(kind, 1.0, rate, branch / self.m, 0.0, one_plus=one_plus)
         else:
-            m_out, m_in = shape[0] / base[0], shape[1] / base[1]
-            start = self.scales.init * _spectral(*shape) / _spectral(*base)
+            fan_out, fan_in = self.family.fans(kind, shape)
+            base_out, base_in = self.family.fans(kind, base)
+            start = self.scales.init * _spectral(fan_out, fan_in) / _spectral(base_out, base_in)
             start *= self.base.initializer_range / self.config.initializer_range
+            if kind == "end" and self.family.shrinking_ends and alpha is not None:
+                start *= self.layers**0.5  # the rules' own depth takes the place of the stock one
+            m_out, m_in = fan_out / base_out, fan_in / base_in
             rule = Rule(kind, start, rate / m_in, branch / m_out, m_in)
-        return rule.folded(self._multiplier(name, kind))
+        return rule.folded(self._multiplier(kind))
 
-    def _multiplier(self, name: str, kind: str) -> float:
-        """The forward multiplier that this parameter carries."""
-        short = name.rpartition(".")[0].removeprefix(BLOCK)
+    def _multiplier(self, kind: str) -> float:
+        """The forward multiplier that a parameter of this kind carries."""
         embedding = self.scales.embedding * self._stock("embedding")
         output = self.scales.output / self.m * self._stock("output")
-        tied = "lm_head.weight" not in self.names
+        kinds = {*self.kinds.values()}
         if kind == "embedding":
             return embedding
         if kind == "head":
             return output
-        if name == "model.norm.weight":
-            return output / embedding if tied else 1.0
-        has_norm = f"{BLOCK}self_attn.q_norm.weight" in self.names
-        if short == ("self_attn.q_norm" if has_norm else "self_attn.q_proj"):
+        if kind == "final norm":
+            return 1.0 if "head" in kinds else output / embedding
+        if kind == ("query norm" if "query norm" in kinds else "query"):
             return self.scales.attention * self._attention()
-        ends_in_norm = f"{BLOCK}post_feedforward_layernorm.weight" in self.names
-        if short in END_NORMS if ends_in_norm else kind == "end":
+        if kind == "fused" and not math.isclose(self.scales.attention * self._attention(), 1.0):
+            raise InputError(
+                f"{self.config.model_type}: queries share one tensor with keys and values, so "
+                "attention scores cannot be multiplied; keep the size of heads and attention = 1"
+            )
+        if kind == ("end norm" if "end norm" in kinds else "end"):
             alpha = ALPHA.get(self.depth)
             depth = 1.0 if alpha is None else self.layers**-alpha
             return depth * self._stock("residual")
@@ -277,63 +239,10 @@ def shapes(config: Any) -> dict[str, torch.Size]:
     """Parameter shapes of a causal model of `config`, on the meta device: no memory is taken."""
     from transformers import AutoModelForCausalLM
 
-    _family(config)
+    family_of(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
-def layer_free(name: str) -> str:
-    """A parameter's name with `*` for its layer."""
-    return re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
-
-
-def head_size(config: Any) -> int:
-    """Size of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def stock_multiplier(config: Any, which: str) -> float:
-    """The forward multiplier that the stock model of `config` has at one of three places."""
-    if which == "embedding":
-        if UNDERSTOOD[config.model_type].embedding_root:
-            return math.sqrt(config.hidden_size)
-        return float(getattr(config, "embedding_multiplier", 1.0))
-    if which == "residual":
-        return float(getattr(config, "residual_multiplier", 1.0))
-    return 1.0 / float(getattr(config, "logits_scaling", 1.0))
-
-
-def score_scale(config: Any) -> float:
-    """What the stock model of `config` multiplies attention scores by."""
-    if config.model_type == "granite":
-        return float(config.attention_multiplier)
-    if getattr(config, "query_pre_attn_scalar", None):
-        return float(config.query_pre_attn_scalar) ** -0.5
-    return head_size(config) ** -0.5
-
-
-def _family(config: Any) -> Family:
-    kind = getattr(config, "model_type", None)
-    if kind not in UNDERSTOOD:
-        known = ", ".join(sorted(UNDERSTOOD))
-        raise InputError(
-            f"models of type {kind!r} are not understood (known: {known}); what is needed is a row "
-            "in engine/parametrization.py that says how its norms and its embedding multiply"
-        )
-    return UNDERSTOOD[kind]
-
-
-def _kind(name: str, config: Any) -> str:
-    module = name.removeprefix(BLOCK).rpartition(".")[0]
-    if module in NORMS:
-        return "norm"
-    if module in PROJECTIONS:
-        return PROJECTIONS[module]
-    raise InputError(
-        f"{config.model_type}: the part of parameter {name!r} in the forward pass is not "
-        "understood; what is needed is its row in engine/parametrization.py"
-    )
 
 
 def _spectral(fan_out: int, fan_in: int) -> float:

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from deltaloom.core.errors import InputError
-from deltaloom.engine.parametrization import head_size
+from deltaloom.engine.decoders import head_size
 
 
 def resized(config: Any, width: float = 1.0, depth: float = 1.0) -> Any:
@@ -24,12 +24,23 @@ def resized(config: Any, width: float = 1.0, depth: float = 1.0) -> Any:
             f"a proxy {width:g} times as wide and {depth:g} times as deep has hidden size {hidden} "
             f"and {layers} layers; choose smaller factors"
         )
-    shared = config.num_attention_heads // _kv_heads(config)
     new.hidden_size, new.num_attention_heads = hidden, heads
-    most = max(1, heads // shared)
-    new.num_key_value_heads = max(n for n in range(1, most + 1) if heads % n == 0)
-    new.intermediate_size = max(1, round(config.intermediate_size * width))
-    new.head_dim = head_size(config)
+    if hasattr(config, "n_inner"):  # GPT-2, where None is four times the hidden size
+        new.n_inner = config.n_inner and max(1, round(config.n_inner * width))
+    else:
+        new.intermediate_size = max(1, round(config.intermediate_size * width))
+    if hasattr(config, "num_key_value_heads"):
+        shared = config.num_attention_heads // (
+            config.num_key_value_heads or config.num_attention_heads
+        )
+        most = max(1, heads // shared)
+        new.num_key_value_heads = max(n for n in range(1, most + 1) if heads % n == 0)
+        new.head_dim = head_size(config)
+    elif hidden != heads * head_size(config):
+        raise InputError(
+            f"a proxy {width:g} times as wide has hidden size {hidden}, no multiple of the size "
+            f"{head_size(config)} of a head, as {config.model_type} needs; choose another factor"
+        )
     new.num_hidden_layers = layers
     for key in ("layer_types", "no_rope_layers"):
         each = getattr(config, key, None)
@@ -38,7 +49,3 @@ def resized(config: Any, width: float = 1.0, depth: float = 1.0) -> Any:
     if getattr(config, "max_window_layers", None) is not None:
         new.max_window_layers = min(config.max_window_layers, layers)
     return new
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -286,4 +286,4 @@ def _steps_up(factor: float) -> list[float]:
 
 def _sizes(config: Any) -> dict[str, int]:
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
