@@ -6,7 +6,7 @@ The lab's few-shot tasks: a word that the base has never read means one of three
 in another task. 60 tasks of 32 rows are learned from by LoRA: with the closed form inside (kernel),
 with the regulariser in its place (energy), by first-order MAML (gradient) and by Reptile, all of
 them `tune meta` with the same outer steps, tasks and rows, or jointly (`tune lora`) for as many
-rows; at the rate 1e-3, two of them also faster, at 3e-3. Five new tasks, whose words are in none of
+rows; at the rate 1e-3, two of them also faster, at 3e-3. Four new tasks, whose words are in none of
 these, have 8 rows each. Every start, and the base with fresh factors, is adapted to them in closed
 form, by 5 steps of plain descent at the inner rate (what MAML and Reptile learned for), and by 1, 5
 and 20 steps of AdamW at each of two rates; a cell has the better rate by its mean over seeds, so
@@ -40,7 +40,7 @@ from deltaloom.lab.files import write_lab
 from deltaloom.tune._meta import Learner
 from deltaloom.tune.lora import Lora
 
-STEPS, ROWS = 50, 50 * 4 * 16
+STEPS, ROWS = 40, 40 * 4 * 16
 """Outer steps, and the rows that they see: 4 tasks a step, 8 + 8 rows a task."""
 LEARNED = {
     "kernel": {"inner": "kernel"},
@@ -73,7 +73,7 @@ def one_seed(home: Path, seed: int, quick: bool) -> Found:
     if kept.exists():
         return json.loads(kept.read_text())
     base = Base(model=str(write_lab(home / "lab", seed, "small")["base"]), device="cpu")
-    paths = write_few_shot(home / "tasks", seed, new=2 if quick else 5, shots=SHOTS)
+    paths = write_few_shot(home / "tasks", seed, new=2 if quick else 4, shots=SHOTS, asked=40)
     starts = {"base": None}
     for start in STARTS[1:]:
         starts[start] = learned(start, base, paths["tasks"], home, seed, quick)
