@@ -17,7 +17,9 @@ Differs: outputs in the closed form are rows' cross-entropies with target zero, 
 take scores of classes with squared loss: an answer of any length is one output, and K has a line
 for each row. The query loss is that of the network with the changed parameters, not that of its
 linear model, as the changed parameters are what adaptation gives (`engine.adaptation` has both).
-Time is in units of n / trace K. Reptile's direction goes through Adam, as its paper suggests.
+Its gradient takes the change for a constant, as first-order MAML does; `order=whole` is the
+papers'. Time is in units of n / trace K. Reptile's direction goes through Adam, as its paper
+suggests.
 
 Not covered: inner learning rates that are learned; the weighting of tasks' losses by Park & Kang
 2024 ("Fast Adaptation with Kernel and Gradient based Meta Leaning", arXiv 2411.00404), whose rule
@@ -62,7 +64,7 @@ class Meta(Tuner):
     tuned: Literal["lora", "full"] = "lora"
     """What is learned: LoRA's factors, or all parameters."""
     steps: Count = 1000
-    """Outer steps (ours; MAML's and Meta-RKHS's take tens of thousands on images)."""
+    """Outer steps (ours; MAML: 60,000 on images)."""
     tasks: Count = 4
     """Tasks of a step (MAML: 4; Meta-RKHS: 16)."""
     shots: Count = 8
