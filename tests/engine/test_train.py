@@ -1,6 +1,7 @@
 """Training: the loss that is promised, accumulation, resumption, stops."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer, Work
 from deltaloom.engine import train
 from deltaloom.engine._checkpoints import WHOLE, checkpoints, last_whole, step_of
-from deltaloom.engine.train import TrainSettings, collate, fit
+from deltaloom.engine.train import Paused, TrainSettings, collate, fit
 
 SETTINGS = TrainSettings(epochs=2, lr=1e-2, batch_size=8, warmup=0.0, schedule="constant")
 
@@ -97,6 +98,26 @@ def test_interrupted_after_a_checkpoint_ends_in_the_same_bytes(base, tmp_path):
     assert torch.equal(do(base, rows, broken_run), whole)
     logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("epochs", [2, 0.7])
+def test_a_training_that_pauses_ends_in_the_same_bytes(base, tmp_path, epochs):
+    rows = rows_of(base, tmp_path, 40)
+    settings = replace(SETTINGS, epochs=epochs)
+    whole = do(base, rows, tiny.run_in(tmp_path / "whole"), settings)
+    run = tiny.run_in(tmp_path / "run")
+    seen = []
+    for run.until in (0.4, 0.4, 1.0):  # asked for again, a pause is reached again
+        with pytest.raises(Paused) as paused:
+            do(base, rows, run, settings)
+        seen.append((paused.value.tokens, weights(paused.value.model)))
+    run.until = None
+    assert torch.equal(do(base, rows, run, settings), whole)
+    (early, first), (again, second), (late, last) = seen
+    assert early == again < late
+    assert torch.equal(first, second)
+    assert not torch.equal(first, last)
+    assert torch.equal(last, whole)
 
 
 def test_what_follows_an_epoch_is_done_before_its_checkpoint_counts(base, tmp_path):

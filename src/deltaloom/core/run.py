@@ -67,6 +67,8 @@ class Run:
         self.workers = Workers()
         self.origin: Origin | None = None
         """What a measured model was loaded from, for workers; None if that is not known."""
+        self.until: float | None = None
+        """Share of its optimizer steps after which a training pauses; None trains to the end."""
         self.record = record
         self._lock = lock
         # Shared with the views that `part` gives, so that no second is counted twice.

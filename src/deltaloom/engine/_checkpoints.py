@@ -63,9 +63,11 @@ def checkpoints(home: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def last_whole(home: Path) -> Path | None:
-    """The last whole one; those that are not are removed."""
-    whole = checkpoints(home)
+def last_whole(home: Path, before: int | None = None) -> Path | None:
+    """The last whole one, of those before step `before` if that is given; those that are not whole
+    and those from there on are removed.
+    """
+    whole = [path for path in checkpoints(home) if before is None or step_of(path) < before]
     for path in home.glob("checkpoint-*"):
         if path not in whole:
             shutil.rmtree(path)

@@ -69,6 +69,17 @@ class Ledger(TrainerCallback):
         self.run.save()
 
 
+class Pause(TrainerCallback):
+    """Stop after optimizer step `step`, with a checkpoint there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+
+
 class EarlyStop(TrainerCallback):
     """Measure now and then, keep the best weights, stop after `patience` without a better one."""
 

@@ -21,7 +21,7 @@ from deltaloom.core.encoding import Encoded
 from deltaloom.core.method import Evaluation
 from deltaloom.core.run import Run
 from deltaloom.engine._checkpoints import Whole, checkpoints, last_whole, step_of
-from deltaloom.engine._watching import EarlyStop, Ledger
+from deltaloom.engine._watching import EarlyStop, Ledger, Pause
 from deltaloom.engine.forward import device_of
 from deltaloom.engine.objective import BeforeEpoch, Objective
 
@@ -55,6 +55,15 @@ class Fitted:
     steps: int
     best: dict[str, float] | None = None
     checkpoints: list[Path] = field(default_factory=list)
+
+
+class Paused(Exception):
+    """Training has come to where `Run.until` lets it; the same call goes on from there."""
+
+    def __init__(self, model: Any, tokens: int, trainable: Literal["all", "adapter"]) -> None:
+        super().__init__("training is paused")
+        self.model, self.tokens, self.trainable = model, tokens, trainable
+        """The model as it is; the tokens trained since the beginning, without padding."""
 
 
 class Companion(TrainerCallback):
@@ -92,14 +101,17 @@ def fit(
     that what it leaves is there wherever training resumes; checkpoints must be epochs apart then
     (`save_steps` 0). `objective` adds to the loss. `earlier` is the number of steps that an earlier
     phase of the same run logged. Raises WorkError when the loss stops being finite or a checkpoint
-    cannot be written.
+    cannot be written, and Paused after the part of the steps that `run.until` says; a pause that is
+    asked for again is reached again, from the checkpoint before it.
     """
     set_seed(run.seed)
     home = run.work / folder
-    last = last_whole(home)
-    run.rewind(earlier + step_of(last))
     batches = math.ceil(len(rows) / settings.batch_size)
     total = math.ceil(batches * settings.epochs)
+    stop = None if run.until is None else math.ceil(round(run.until * total, 6))
+    # The Trainer would go on after an end inside an epoch: that end is reached again.
+    last = last_whole(home, stop or (total if total % batches else None))
+    run.rewind(earlier + step_of(last))
     every = batches if settings.save_steps == 0 else settings.save_steps or math.ceil(total / 10)
     device = device_of(model).type
     given = training_arguments(settings, home, total, every, run.seed, device)
@@ -135,7 +147,11 @@ def fit(
     if evaluation is not None:
         watcher = EarlyStop(tokenizer, evaluation, run, settings.patience, batches, earlier)
         trainer.add_callback(watcher)
+    if stop is not None:
+        trainer.add_callback(Pause(stop))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if stop is not None:
+        raise Paused(model, int(trainer.state.num_input_tokens_seen), settings.trainable)
     if watcher is not None:
         watcher.restore(model)
     return Fitted(

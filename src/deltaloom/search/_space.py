@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,29 @@ class Dimension(Spec):
         if self.log:
             return self.low * (self.high / self.low) ** place
         return self.low + place * (self.high - self.low)
+
+    def places(self, value: Any) -> list[float]:
+        """Coordinates of a value: `at`'s place for a range, beyond [0, 1] where it lies outside;
+        one of each choice, all 0 for a value that is none of them.
+        """
+        if self.choices is not None:
+            return [float(type(one) is type(value) and one == value) for one in self.choices]
+        assert self.low is not None
+        assert self.high is not None
+        if self.low == self.high:
+            return [0.0]
+        if self.log:
+            far = math.log(max(value, self.low * 1e-6) / self.low)
+            return [far / math.log(self.high / self.low)]
+        return [(value - self.low) / (self.high - self.low)]
+
+    def has(self, value: Any) -> bool:
+        """Whether a value is in the range, or one of the choices."""
+        if self.choices is not None:
+            return any(self.places(value))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return 0 <= self.places(value)[0] <= 1 and not (self.integer and value % 1)
 
     def distribution(self) -> BaseDistribution:
         """As Optuna has it."""
