@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import get
+from deltaloom.core.method import Evaluation, get
 from deltaloom.search._past import Task
 from deltaloom.search._space import Dimension, Space, check_space, first_points
 from deltaloom.search._study import brief
+
+if TYPE_CHECKING:
+    from deltaloom.core.examples import Examples
 
 RATES = {
     "lora": (2e-5, 2e-2),
@@ -95,3 +99,18 @@ def default_space(tuner: str) -> Space:
         "batch_size": Dimension(low=4, high=32, integer=True, log=True),
         **(own if tuner == "lora" else {}),
     }
+
+
+def split(
+    data: Examples, evaluation: Evaluation | None, holdout: float, seed: int
+) -> tuple[Examples, Evaluation]:
+    """Rows to train on, and what compares trials: what is given, or the loss of a share of them."""
+    if evaluation is not None:
+        return data, evaluation
+    if len(data) < 2:
+        raise InputError(f"{data.name}: one row cannot be split; give evaluate= rows")
+    order = random.Random(seed).sample(range(len(data)), len(data))
+    held = max(1, round(holdout * len(data)))
+    measurer: Any = get("measure", "loss").make()
+    kept = data.take(sorted(order[held:]))
+    return kept, Evaluation(measurer, data.take(sorted(order[:held])))

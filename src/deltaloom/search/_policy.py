@@ -1,7 +1,7 @@
 """Which trial goes on: candidates of one target, what was seen of them, and other tasks' past.
 
-A value y enters as z = log(y / untuned), or y - untuned where the base's own is not above 0; what
-is worse than the untuned base, and a trial that failed, counts as the base itself, so that one that
+A value y enters as z = y / untuned - 1, or y - untuned where the base's own is not above 0; what is
+worse than the untuned base, and a trial that failed, counts as the base itself, so that one that
 nearly diverged flattens nothing (ours).
 """
 
@@ -67,7 +67,6 @@ class Policy:
         given = [1.0] * len(past) if weights is None else weights
         pairs = [(t, w) for t, w in zip(past, given, strict=True) if w > IGNORED and t.trials]
         self.past, self.weights = [t for t, _ in pairs], [w for _, w in pairs]
-        self.ratio = target.untuned is not None and target.untuned > 0
         self.seen: list[Seen] = []
         self.features = features([*self.past, target])
         self.curves = Curves(sum(len(one.places(candidates[0][n])) for n, one in space.items()))
@@ -122,13 +121,8 @@ class Policy:
         scaled = (values - self.centre) / self.scale
         return self.prior.given(places, scaled, self.curves.noise)
 
-    def _z(self, value: float | None, untuned: float | None = None) -> float:
-        untuned = self.target.untuned if untuned is None else untuned
-        if value is None or untuned is None:
-            return 0.0
-        if self.ratio:
-            return min(0.0, math.log(max(value, 1e-9) / max(untuned, 1e-9)))
-        return min(0.0, value - untuned)
+    def _z(self, value: float | None) -> float:
+        return 0.0 if value is None else relative(self.target, value)
 
     def _grid(self) -> Points:
         """Every part of every candidate, as the target's points."""
@@ -159,11 +153,9 @@ class Policy:
         values: list[float] = []
         trials = 0
         for number, task in enumerate(self.past):
-            first = [trial.curve[0].value for trial in task.trials if trial.curve]
-            untuned = task.untuned if task.untuned is not None else max(first, default=0.0)
             for trial in task.trials:
                 place = coordinates(self.space, complete(task.tuner, trial.settings))
-                curve = [(point.share, self._z(point.value, untuned)) for point in trial.curve]
+                curve = [(point.share, relative(task, point.value)) for point in trial.curve]
                 if trial.failed is not None:
                     curve.append((1.0, 0.0))
                 rows += [(place, share, number, trials) for share, _ in curve]
@@ -225,6 +217,14 @@ def complete(tuner: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     fields = get("tune", tuner).load().model_fields
     defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
     return {**defaults, **settings}
+
+
+def relative(task: Task, value: float) -> float:
+    """A value relative to the untuned base's; where that is unknown, to the worst first value."""
+    untuned = task.untuned
+    if untuned is None:
+        untuned = max((t.curve[0].value for t in task.trials if t.curve), default=value)
+    return min(0.0, value / untuned - 1 if untuned > 0 else value - untuned)
 
 
 def features(tasks: Sequence[Task]) -> Array:

@@ -24,17 +24,16 @@ at the same time.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from deltaloom.core.errors import InputError, WorkError
+from deltaloom.core.errors import WorkError
 from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work, get
 from deltaloom.core.progress import say
-from deltaloom.search._candidates import Choices, default_space
+from deltaloom.search._candidates import Choices, default_space, split
 from deltaloom.search._past import HISTORY, Task, read_history
 from deltaloom.search._space import Space
 from deltaloom.search._storage import Mirror
@@ -120,7 +119,7 @@ class Quicktune(Searcher):
         choices.check()
         past = read_history(self.history, self.tuner)
         weights = trusted(self.trust, past)
-        kept, evaluation = self._split(data, evaluation, run)
+        kept, evaluation = split(data, evaluation, self.holdout, run.seed)
         candidates = choices.draw(past, self.candidates, run.seed)
         tuners = [choices.make(one) for one in candidates]
         for settings, tuner in zip(candidates, tuners, strict=True):
@@ -132,21 +131,6 @@ class Quicktune(Searcher):
         policy = Policy(space, candidates, self.parts, target, past, weights, unit, run.seed)
         self._explore(policy, tuners, doing, run)
         return self._found(policy, tuners, doing, target, run)
-
-    def _split(
-        self, data: Examples, evaluation: Evaluation | None, run: Run
-    ) -> tuple[Examples, Evaluation]:
-        """Rows to train on, and what compares trials."""
-        if evaluation is not None:
-            return data, evaluation
-        if len(data) < 2:
-            raise InputError(f"{data.name}: one row cannot be split; give evaluate= rows")
-        order = random.Random(run.seed).sample(range(len(data)), len(data))
-        held = max(1, round(self.holdout * len(data)))
-        measurer: Any = get("measure", "loss").make()
-        return data.take(sorted(order[held:])), Evaluation(
-            measurer, data.take(sorted(order[:held]))
-        )
 
     def _explore(self, policy: Policy, tuners: Sequence[Any], doing: Parts, run: Run) -> None:
         """Do parts until the budget is spent; those done before are told first."""
