@@ -10,7 +10,6 @@ untuned base lacks: 1 is the base, 0 the table's best. All searches choose among
 settings. Arms:
 
 - quicktune: all of the history, `parts` of a run at a time;
-- quicktune, few: of each past task six settings, drawn by the seed;
 - quicktune, shuffled: as quicktune, but each past task's curves go to settings drawn by lot;
 - quicktune, alone: no history;
 - random: whole runs of settings drawn by lot;
@@ -21,7 +20,7 @@ settings. Arms:
 The seed draws what is drawn. Differences are taken within task and seed; a task's mean over seeds
 is one item, intervals are Student's t over the twelve tasks.
 
-At last `deltaloom search quicktune` is really run on three tasks, with the other tasks' table as
+At last `deltaloom search quicktune` is really run on the last task, with the other tasks' table as
 history files and without; two of the table's settings drawn by lot stand beside it.
 """
 
@@ -39,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from _quicktune_table import EPOCHS, SETTINGS, SPACE, gather, settings
+from _units import Units
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -46,13 +46,14 @@ from deltaloom.lab import tasks
 from deltaloom.search._past import PastTrial, Point, Task
 from deltaloom.search._policy import Policy, Seen, coordinates
 
-ARMS = ("quicktune", "quicktune, few", "quicktune, shuffled", "quicktune, alone", "random", "GP",
-        "TPE", "defaults")  # fmt: skip
+ARMS = ("quicktune", "quicktune, shuffled", "quicktune, alone", "random", "GP", "TPE", "defaults")
 BUDGETS = (1, 2, 4)
 """Mean whole runs."""
-FEW, FIRST, REAL = 6, 3, 3
-"""Settings of each past task in `few`; whole runs drawn before Optuna's samplers propose; tasks on
-which searches are really run."""
+FIRST, REAL = 3, 1
+"""Whole runs drawn before Optuna's samplers propose; tasks on which searches are really run."""
+
+Regrets = dict[tuple[str, int, str, int], float]
+"""By arm, budget, task and seed."""
 
 
 def main() -> None:
@@ -67,19 +68,27 @@ def main() -> None:
     names = list(tasks.SOURCES)[: 3 if options.quick else None]
     count, seeds = (4, 1) if options.quick else (SETTINGS, options.seeds)
     table = Table(gather(home, count, names, options.workers), settings(count))
-    found = {
-        (arm, budget, name, seed): regret
-        for name in names
-        for arm in ARMS
-        for seed in range(seeds)
-        for budget, regret in table.played(arm, name, seed).items()
-    }
+    found = play(home / "played", table, names, seeds)
     print(tables(found, names, seeds))
     print(really(home, table, names))
     results = judged(found, names, seeds)
     if options.quick:  # a few runs show that it works, and nothing else
         results = [{**one, "bound": None, "holds": True} for one in results]
     print(json.dumps({"bench": "claims-quicktune", "results": results}))
+
+
+def play(home: Path, table: Table, names: list[str], seeds: int) -> Regrets:
+    """Regrets of all searches, each (arm, task) done once."""
+    units = Units(home, {f"{arm} / {name}": () for name in names for arm in ARMS})
+    units.run(lambda unit: {"regrets": table.all_seeds(*unit.split(" / "), seeds)}, 1)
+    found: Regrets = {}
+    for arm in ARMS:
+        for name in names:
+            one = units.get(f"{arm} / {name}")
+            assert one is not None, f"{arm} on {name} failed"
+            for seed, regrets in enumerate(one["regrets"]):
+                found |= {(arm, b, name, seed): r for b, r in zip(BUDGETS, regrets, strict=True)}
+    return found
 
 
 class Table:
@@ -114,6 +123,12 @@ class Table:
         unit = self.units[name][str(setting)]
         value = unit["curve"][part] if part < len(unit["curve"]) else None
         return unit["seconds"] / EPOCHS, value
+
+    def all_seeds(self, arm: str, name: str, seeds: int) -> list[list[float]]:
+        """Regrets by seed and budget; the seed changes nothing where nothing is drawn."""
+        if arm in ("quicktune", "defaults"):
+            return [[*self.played(arm, name, 0).values()]] * seeds
+        return [[*self.played(arm, name, seed).values()] for seed in range(seeds)]
 
     def played(self, arm: str, name: str, seed: int) -> dict[int, float]:
         """Budget -> regret."""
@@ -155,17 +170,14 @@ class Table:
         past = [task for other, task in self.past.items() if other != name]
         if arm.endswith("alone"):
             past = []
-        if arm.endswith("few"):
-            past = [
-                t.model_copy(update={"trials": rng.sample(t.trials, min(FEW, len(t.trials)))})
-                for t in past
-            ]
         if arm.endswith("shuffled"):
             past = [shuffled(task, rng) for task in past]
         target = self.past[name].model_copy(update={"trials": []})
-        order = rng.sample(range(len(self.settings)), len(self.settings))
+        order = list(range(len(self.settings)))
+        if arm.endswith("alone"):  # whose first three are drawn
+            rng.shuffle(order)
         offered = [self.settings[k] for k in order]
-        policy = Policy(SPACE, offered, EPOCHS, target, past, None, "seconds", seed)
+        policy = Policy(SPACE, offered, EPOCHS, target, past, None, "seconds")
         while (asked := policy.ask()) is not None:
             candidate, part = asked
             cost, value = self.part(name, order[candidate], part)
@@ -241,9 +253,6 @@ def really(home: Path, table: Table, names: list[str]) -> str:
         cells = " | ".join(f"{v:.3f}" for v in (table.past[name].untuned, *values, lowest))
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines) + "\n"
-
-
-Regrets = dict[tuple[str, int, str, int], float]
 
 
 def per_task(found: Regrets, arm: str, budget: int, names: list[str], seeds: int) -> list[float]:
