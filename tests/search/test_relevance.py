@@ -81,6 +81,21 @@ def test_sampled_it_is_the_same():
     assert np.array_equal(sampled, relevance(evidence, sweeps=600, summed=0))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_groups_that_agree_a_sample_takes_the_one_near_the_proxy(seed):
+    draw = np.random.default_rng(seed)
+    inputs = draw.normal(size=(30, 2))
+    like = np.arange(30) < 15
+    values = inputs @ [1.5, 1.0] + 2 * inputs[:, 1] * ~like + 0.1 * draw.normal(size=30)
+    sources = [
+        Source(x[None, :1], x[None, 1:], y[None]) for x, y in zip(inputs, values, strict=True)
+    ]
+    model = Model(4.0, np.eye(1) * 9, np.array([0.9]), np.eye(1) * 0.1, 0.01)
+    found = relevance(Evidence(model, sources), seed, sweeps=60)
+    assert found[like].mean() > 0.8
+    assert found[~like].mean() < 0.3
+
+
 def test_the_mass_is_on_the_sources_that_are_like_the_target():
     model, sources = made(0, (1, 1, 0, 0, 0), rows=12)
     found = relevance(Evidence(model, sources))

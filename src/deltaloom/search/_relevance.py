@@ -6,8 +6,10 @@ prior probability `share`) when its psi_g ~ N(psi, near), else its psi_g is from
 
 Given all s everything is Gaussian: p(y | s, z) and the posterior of (theta, psi) are closed forms.
 The relevance of a source is p(s_g = 1 | y, z): a sum over all s for few sources, for more a Gibbs
-sample of s (each s_g from its conditional, theta and psi integrated out). The robust posterior has
-each source's likelihood to the power of its relevance:
+sample of s (each s_g from its conditional, theta and psi integrated out). A sample does not leave a
+group of sources that agree, so it begins with their likelihoods to a small power, which grows to 1:
+then it is the proxy that says which group. The robust posterior has each source's likelihood to the
+power of its relevance:
 
     p(theta, psi | y, z) ~ p(theta) p(psi | z) prod_g p(y_g | theta, psi)^r_g
 """
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SUMMED = 10
 """Sources up to which all 2^G patterns are summed (ours)."""
+COOLEST = 1e-4
+"""Power of the likelihoods in a sample's first sweep (ours)."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,15 @@ class Evidence:
         constant = -0.5 * float(one.values @ solved[:, -1] + np.linalg.slogdet(covariance)[1])
         return design.T @ solved[:, :-1], design.T @ solved[:, -1], constant
 
-    def log(self, pattern: Sequence[int]) -> float:
-        """log p(y, s | z), up to what no pattern changes."""
+    def log(self, pattern: Sequence[int] | Array, power: float = 1.0) -> float:
+        """log p(y, s | z), up to what no pattern changes, with the likelihoods to a power."""
         rows, columns = np.arange(len(pattern)), np.asarray(pattern)
-        precision = self.prior + self.precisions[rows, columns].sum(0)
-        shift = self.shift + self.shifts[rows, columns].sum(0)
+        precision = self.prior + power * self.precisions[rows, columns].sum(0)
+        shift = self.shift + power * self.shifts[rows, columns].sum(0)
         share = self.model.share
         odds = np.log(np.where(columns, share, 1 - share)).sum()
         fit = 0.5 * float(shift @ np.linalg.solve(precision, shift))
-        constant = float(self.constants[rows, columns].sum())
+        constant = power * float(self.constants[rows, columns].sum())
         return constant + fit - 0.5 * float(np.linalg.slogdet(precision)[1]) + float(odds)
 
     def weighted(self, weights: Sequence[float]) -> tuple[Array, Array]:
@@ -125,17 +129,20 @@ def relevance(evidence: Evidence, seed: int = 0, sweeps: int = 400, summed: int 
         chance = np.exp(logs - logs.max())
         return chance @ np.array(patterns, dtype=float) / chance.sum()
     draw = np.random.default_rng(seed)
-    pattern = [int(one) for one in draw.random(count) < evidence.model.share]
-    total, kept = np.zeros(count), 0
+    pattern = (draw.random(count) < evidence.model.share).astype(int)
+    early = sweeps // 4
+    total = np.zeros(count)
     for sweep in range(sweeps):
+        power = COOLEST ** max(0.0, 1 - (sweep + 1) / early)
+        now = evidence.log(pattern, power)
         for g in range(count):
-            logs = []
-            for like in (0, 1):
-                pattern[g] = like
-                logs.append(evidence.log(pattern))
-            chance = 1 / (1 + np.exp(np.clip(logs[0] - logs[1], -700, 700)))
-            pattern[g] = int(draw.random() < chance)
-            if sweep >= sweeps // 4:
-                total[g] += chance
-        kept += sweep >= sweeps // 4
-    return total / kept
+            pattern[g] = 1 - pattern[g]
+            other = evidence.log(pattern, power)
+            chance = 1 / (1 + np.exp(np.clip(now - other, -700, 700)))  # of the flip
+            if sweep >= early:
+                total[g] += chance if pattern[g] else 1 - chance
+            if draw.random() < chance:
+                now = other
+            else:
+                pattern[g] = 1 - pattern[g]
+    return total / (sweeps - early)
