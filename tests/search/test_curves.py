@@ -128,8 +128,9 @@ def test_what_is_seen_overrules_a_past_that_misleads():
 
 
 def test_a_past_without_weight_counts_for_nothing():
-    past = [task("good", -3.0, RATES), task("bad", -1.5, RATES)]
-    policy = Policy(SPACE, CANDIDATES, 3, TARGET, past, [1.0, 0.0])
+    empty = TARGET.model_copy(update={"trials": [PastTrial(settings={}, curve=[])]})
+    past = [task("good", -3.0, RATES), task("bad", -1.5, RATES), empty]
+    policy = Policy(SPACE, CANDIDATES, 3, TARGET, past, [1.0, 0.0, 1.0])
     assert [one.name for one in policy.past] == ["good"]
     assert policy.ask() == (4, 0)
 

@@ -65,7 +65,11 @@ class Policy:
         self.space, self.candidates, self.parts = space, candidates, parts
         self.target, self.unit, self.seed = target, unit, seed
         given = [1.0] * len(past) if weights is None else weights
-        pairs = [(t, w) for t, w in zip(past, given, strict=True) if w > IGNORED and t.trials]
+        pairs = [
+            (task, weight)
+            for task, weight in zip(past, given, strict=True)
+            if weight > IGNORED and any(one.curve or one.failed for one in task.trials)
+        ]
         self.past, self.weights = [t for t, _ in pairs], [w for _, w in pairs]
         self.seen: list[Seen] = []
         self.features = features([*self.past, target])
