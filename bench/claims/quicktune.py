@@ -1,6 +1,7 @@
 """Quicktune against random search, Bayesian optimisation and defaults, at equal cost, on the lab.
 
     python bench/claims/quicktune.py [--quick] [--seeds N] [--workers N] [--work DIR]
+        [--arms ARM ...]
 
 The learning curves of 32 settings on the lab's twelve sources are made once (_quicktune_table.py);
 the searches are then played on them, as the paper's benchmark does, each task in turn with the
@@ -31,7 +32,7 @@ import json
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ from deltaloom.lab import tasks
 from deltaloom.search._past import PastTrial, Point, Task
 from deltaloom.search._policy import Policy, Seen, coordinates
 
-ARMS = ("quicktune", "quicktune, shuffled", "quicktune, alone", "random", "GP", "TPE", "defaults")
+ARMS = ("quicktune", "random", "TPE", "defaults", "GP", "quicktune, alone", "quicktune, shuffled")
+RIVALS = ("random", "TPE", "GP", "defaults")
 BUDGETS = (1, 2, 4)
 """Mean whole runs."""
 FIRST, REAL = 3, 1
@@ -62,27 +64,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep and resume the runs in")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, help="only these")
     options = parser.parse_args()
     torch.set_num_threads(1)
     home = (options.work or Path(tempfile.mkdtemp(prefix="deltaloom-quicktune-"))).resolve()
     names = list(tasks.SOURCES)[: 3 if options.quick else None]
     count, seeds = (4, 1) if options.quick else (SETTINGS, options.seeds)
     table = Table(gather(home, count, names, options.workers), settings(count))
-    found = play(home / "played", table, names, seeds)
-    print(tables(found, names, seeds))
+    found = play(home / "played", table, options.arms, names, seeds)
+    print(tables(found, options.arms, names, seeds))
     print(really(home, table, names))
-    results = judged(found, names, seeds)
+    results = judged(found, options.arms, names, seeds)
     if options.quick:  # a few runs show that it works, and nothing else
         results = [{**one, "bound": None, "holds": True} for one in results]
     print(json.dumps({"bench": "claims-quicktune", "results": results}))
 
 
-def play(home: Path, table: Table, names: list[str], seeds: int) -> Regrets:
+def play(home: Path, table: Table, arms: Sequence[str], names: list[str], seeds: int) -> Regrets:
     """Regrets of all searches, each (arm, task) done once."""
-    units = Units(home, {f"{arm} / {name}": () for name in names for arm in ARMS})
+    units = Units(home, {f"{arm} / {name}": () for arm in arms for name in names})
     units.run(lambda unit: {"regrets": table.all_seeds(*unit.split(" / "), seeds)}, 1)
     found: Regrets = {}
-    for arm in ARMS:
+    for arm in arms:
         for name in names:
             one = units.get(f"{arm} / {name}")
             assert one is not None, f"{arm} on {name} failed"
@@ -264,26 +267,26 @@ def over_tasks(values: list[float]) -> Estimate:
     return Estimate.from_items({f"task {k}": v for k, v in enumerate(values)}, metric="mean")
 
 
-def tables(found: Regrets, names: list[str], seeds: int) -> str:
+def tables(found: Regrets, arms: Sequence[str], names: list[str], seeds: int) -> str:
     """Regrets, and differences of quicktune to every other arm."""
     heads = [f"{b} run{'s' if b > 1 else ''}" for b in BUDGETS]
     lines = ["Regret, mean over tasks and seeds", "", "| arm | " + " | ".join(heads) + " |"]
     lines += ["|---" * (len(BUDGETS) + 1) + "|"]
-    for arm in ARMS:
+    for arm in arms:
         cells = [f"{np.mean(per_task(found, arm, b, names, seeds)):.3f}" for b in BUDGETS]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", "Other arm - quicktune, with 95 % intervals over tasks", ""]
     lines += ["| arm | " + " | ".join(heads) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
-    for arm in ARMS[1:]:
+    for arm in arms[1:]:
         cells = []
         for budget in BUDGETS:
             one = over_tasks(differences(found, arm, budget, names, seeds))
             cells.append(f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    lines += ["", "Regret after one run, by task", "", "| task | " + " | ".join(ARMS) + " |"]
-    lines += ["|---" * (len(ARMS) + 1) + "|"]
+    lines += ["", "Regret after one run, by task", "", "| task | " + " | ".join(arms) + " |"]
+    lines += ["|---" * (len(arms) + 1) + "|"]
     for name in names:
-        cells = [f"{per_task(found, arm, 1, [name], seeds)[0]:.3f}" for arm in ARMS]
+        cells = [f"{per_task(found, arm, 1, [name], seeds)[0]:.3f}" for arm in arms]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -298,11 +301,11 @@ def differences(found: Regrets, arm: str, budget: int, names: list[str], seeds: 
     return [other - own for other, own in pairs]
 
 
-def judged(found: Regrets, names: list[str], seeds: int) -> list[dict]:
+def judged(found: Regrets, arms: Sequence[str], names: list[str], seeds: int) -> list[dict]:
     """Is quicktune's regret below that of its rivals at equal cost?"""
     results = []
     unit = f"regret, low end of the 95 % interval over {len(names)} tasks, {seeds} seeds"
-    for arm in ("random", "GP", "TPE", "defaults"):
+    for arm in [one for one in RIVALS if one in arms]:
         for budget in BUDGETS:
             one = over_tasks(differences(found, arm, budget, names, seeds))
             results.append({"name": f"{arm} - quicktune, budget {budget}",
