@@ -21,8 +21,8 @@ settings. Arms:
 The seed draws what is drawn. Differences are taken within task and seed; a task's mean over seeds
 is one item, intervals are Student's t over the twelve tasks.
 
-At last `deltaloom search quicktune` is really run on the last task, with the other tasks' table as
-history files and without; two of the table's settings drawn by lot stand beside it.
+At last `deltaloom search quicktune` is really run on one task, with the other tasks' table as
+history files and without; one of the table's settings drawn by lot stands beside it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ARMS = ("quicktune", "random", "TPE", "defaults", "GP", "quicktune, alone", "qui
 RIVALS = ("random", "TPE", "GP", "defaults")
 BUDGETS = (1, 2, 4)
 """Mean whole runs."""
-FIRST, REAL = 3, 1
-"""Whole runs drawn before Optuna's samplers propose; tasks on which searches are really run."""
+FIRST, REAL = 3, "drills"
+"""Whole runs drawn before Optuna's samplers propose; the task on which searches are really run."""
 
 Regrets = dict[tuple[str, int, str, int], float]
 """By arm, budget, task and seed."""
@@ -227,10 +227,10 @@ def shuffled(task: Task, rng: random.Random) -> Task:
 
 def really(home: Path, table: Table, names: list[str]) -> str:
     """Searches that train, on the last tasks: values, and what the table's best is."""
-    lines = ["Searches really run, ten parts each (two whole runs):", "",
+    lines = ["Searches really run, five parts each (one whole run):", "",
              "| task | untuned | quicktune | quicktune, alone | random | table's best |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for name in names[-REAL:]:
+    for name in [one for one in names if one == REAL] or names[-1:]:
         files = []
         for other in names:
             if other != name:
@@ -247,10 +247,10 @@ def really(home: Path, table: Table, names: list[str]) -> str:
         for arm, past in (("quicktune", [str(path) for path in files]), ("alone", [])):
             found = deltaloom.search("quicktune", **given, out=home / f"real-{name}-{arm}",
                                      history=past, space=space, fixed=fixed, parts=EPOCHS,
-                                     steps=2 * EPOCHS, finish=False)  # fmt: skip
+                                     steps=EPOCHS, finish=False)  # fmt: skip
             values.append(found["objective"])
         rng = random.Random(f"really {name}")
-        drawn = [table.units[name][str(k)] for k in rng.sample(range(len(table.settings)), 2)]
+        drawn = [table.units[name][str(k)] for k in rng.sample(range(len(table.settings)), 1)]
         values.append(min(min(unit["curve"]) for unit in drawn))
         lowest = min(point.value for t in table.past[name].trials for point in t.curve)
         cells = " | ".join(f"{v:.3f}" for v in (table.past[name].untuned, *values, lowest))
