@@ -69,6 +69,7 @@ RUNS = [
     *(("measure", name, {}) for name in ("answer", "choice", "cka", "context", "kernel")),
     *(("measure", name, {}) for name in ("loss", "similarity")),
     *(("merge", name, {}) for name in ("fisher", "regmean", "route")),
+    ("transfer", "zett", {}),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltaloom.core.delta import Delta, load
 from deltaloom.core.errors import InputError
@@ -31,6 +31,8 @@ class EmbeddingTransferrer(Healing):
     """Abstract: rows of tokens that both tokenizers have are copied, a method makes the others."""
 
     uses = frozenset({"data"})
+    keeps_shared: ClassVar[bool] = True
+    """Whether they are; the method makes those as well if not."""
 
     @abstractmethod
     def rows(self, move: Move, table: Tensor, run: Run, data: Examples | None) -> Tensor:
@@ -86,7 +88,7 @@ class EmbeddingTransferrer(Healing):
             if place and source.tied:
                 tables[name] = tables[source.names[0]].clone()
                 continue
-            move = Move(source, target, place > 0, giver)
+            move = Move(source, target, place > 0, giver, self.keeps_shared)
             tables[name] = self._table(move, run, data)
         return Vocab(base, files, tables)
 
@@ -100,13 +102,14 @@ class EmbeddingTransferrer(Healing):
         made[ours] = table[torch.tensor(list(move.shared.values()), dtype=torch.long)]
         known = [number for number in move.shared if move.target.tokens[number] is not None]
         if not move.output:
+            new = sum(number not in move.shared for number in move.new)
             run.note(
                 tokens=len(move.target),
                 shared_tokens=len(known),
                 special_tokens_by_role=len(move.shared) - len(known),
-                new_tokens=len(move.new),
+                new_tokens=new,
             )
-            say(f"{len(known)} tokens are shared, {len(move.new)} are new")
+            say(f"{len(known)} tokens are shared, {new} are new")
         if move.new:
             rows = self.rows(move, table, run, data)
             if not torch.isfinite(rows).all():

@@ -69,6 +69,8 @@ class Move:
     output: bool
     """Whether the table is the output's, untied from the input's."""
     donor: Side | None = None
+    keeps_shared: bool = True
+    """Whether tokens that both have keep the source's rows; they are made like new ones if not."""
 
     @cached_property
     def shared(self) -> dict[int, int]:
@@ -82,16 +84,18 @@ class Move:
 
     @cached_property
     def new(self) -> list[int]:
-        """Target's tokens with bytes that the source does not have, by number."""
+        """Target's tokens with bytes whose rows are to be made, by number: those that the source
+        does not have, or all.
+        """
         return [
             number
             for number, token in enumerate(self.target.tokens)
-            if token is not None and number not in self.shared
+            if token is not None and not (self.keeps_shared and number in self.shared)
         ]
 
     @cached_property
     def pieces(self) -> list[list[int]]:
-        """For each new token, the source's tokens for its bytes; empty where it knows none."""
+        """For each of those, the source's tokens for its bytes; empty where it knows none."""
         source = self.source
         return [
             [
