@@ -1,27 +1,11 @@
 """Every method on disk passes the suite that the package ships."""
 
-import gc
-
 import pytest
 import torch
 
 from deltaloom import methods, testing
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen():
-    """The Trainer collects garbage before every training: a third of a second with all these
-    modules imported, several times what the training takes.
-    """
-    import peft  # noqa: F401
-    from transformers import Trainer  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)

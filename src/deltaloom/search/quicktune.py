@@ -183,7 +183,7 @@ class Quicktune(Searcher):
         times = {str(n): [one.seconds for one in doing.of(c)] for n, c in enumerate(begun)}
         run.note(part_seconds=times)
         space, goals = policy.space, {GOAL: "lower"}
-        Mirror(run, space, goals, self.storage).restore(trials)  # pyright: ignore
+        Mirror(run, space, goals, self.storage).restore({t.number: t for t in trials})  # pyright: ignore
         best = policy.best()
         if best is None:
             raise WorkError(f"all {len(trials)} trials failed; the first: {trials[0].failed}")
