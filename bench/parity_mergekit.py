@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.merge._kernels import GROUP, draw
 from deltaloom.merge._rules import _key
 

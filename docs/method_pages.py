@@ -9,7 +9,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from deltaloom.core.method import Entry, methods
+from deltaloom.core.registry import Entry, methods
 from deltaloom.core.spec import explain
 
 

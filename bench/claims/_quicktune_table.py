@@ -18,7 +18,8 @@ from _units import Units
 import deltaloom
 from deltaloom.core.base import Base
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, get
+from deltaloom.core.method import Evaluation
+from deltaloom.core.registry import get
 from deltaloom.core.run import Run
 from deltaloom.lab import tasks
 from deltaloom.lab.files import write_lab

@@ -25,7 +25,8 @@ from deltaloom import Base, Examples
 from deltaloom.core.delta import load
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import parse
-from deltaloom.core.method import Evaluation, Trial, get
+from deltaloom.core.method import Evaluation, Trial
+from deltaloom.core.registry import get
 from deltaloom.core.run import Run
 from deltaloom.lab import tasks
 from deltaloom.lab.files import write_lab

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from deltaloom.core.examples import Examples
     from deltaloom.core.features import Features
-    from deltaloom.core.method import methods
+    from deltaloom.core.registry import methods
     from deltaloom.core.run import Run
     from deltaloom.recipe.plan import plan
     from deltaloom.recipe.verbs import measure, merge, run, search, select, transfer, tune
@@ -45,7 +45,7 @@ _HOMES = {
     "items_needed": "core.estimate",
     "measure": "recipe.verbs",
     "merge": "recipe.verbs",
-    "methods": "core.method",
+    "methods": "core.registry",
     "plan": "recipe.plan",
     "pool_seeds": "core.estimate",
     "run": "recipe.verbs",

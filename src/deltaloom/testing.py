@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from deltaloom.core.method import Entry, get
+from deltaloom.core.registry import Entry, get
 from deltaloom.core.spec import explain
 
 PARTS = ("Paper:", "Differs:", "Not covered:")

@@ -7,9 +7,10 @@ import textwrap
 
 import pytest
 
-from deltaloom.core import method
+from deltaloom.core import registry
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import VERBS, Entry, Method, Work, get, methods, paper_of
+from deltaloom.core.method import Method, Work
+from deltaloom.core.registry import VERBS, Entry, get, methods, paper_of
 
 HEAD = "from typing import final\nfrom deltaloom.core.method import Selector, Merger\n"
 
@@ -19,7 +20,7 @@ def house(tmp_path, monkeypatch):
     """`house(name, code)` puts a file into the select room of a registry of its own."""
     room = tmp_path / "select"
     room.mkdir()
-    monkeypatch.setattr(method, "PACKAGE_ROOT", tmp_path)
+    monkeypatch.setattr(registry, "PACKAGE_ROOT", tmp_path)
     methods.cache_clear()
 
     def put(name, code):
@@ -62,7 +63,7 @@ def python(code):
 
 def test_listing_imports_neither_torch_nor_any_method():
     listed, imported = python(
-        "import json, sys; from deltaloom.core.method import methods;"
+        "import json, sys; from deltaloom.core.registry import methods;"
         "listed = [[e.verb, e.name] for e in methods()];"
         "heavy = ('torch', 'transformers', 'peft', 'trl', 'datasets', 'numpy');"
         "rooms = tuple(f'deltaloom.{v}.' for v in ('select', 'tune', 'merge', 'measure'));"
@@ -75,7 +76,7 @@ def test_listing_imports_neither_torch_nor_any_method():
 
 def test_getting_one_imports_one():
     imported = python(
-        "import json, sys; from deltaloom.core.method import get; get('select', 'random').load();"
+        "import json, sys; from deltaloom.core.registry import get; get('select', 'random').load();"
         "known = {m: m.rpartition('.') for m in sys.modules};"
         "print(json.dumps([m for m, (room, _, name) in known.items() if m == 'torch'"
         " or (room == 'deltaloom.select' and not name.startswith('_'))]))"

@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Sizes, get
+from deltaloom.core.method import Sizes
+from deltaloom.core.registry import get
 from deltaloom.measure.answer import Answer, normalised
 
 QUESTIONS = ("what is the capital ?", "w1 w2", "the city of", "a", "w5 w6 w7 w8 w9")

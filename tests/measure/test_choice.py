@@ -9,7 +9,8 @@ import torch
 from deltaloom.core.encoding import encode_continuation, encode_prompt
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Sizes, get
+from deltaloom.core.method import Sizes
+from deltaloom.core.registry import get
 from deltaloom.measure.choice import Choice
 
 WORDS = ["Paris", "London", "the city", "w1 w2 w3", "a", "b c d", "42", "1,000 w5"]

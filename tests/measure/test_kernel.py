@@ -8,7 +8,8 @@ from torch.func import functional_call, jacrev
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Sizes, get
+from deltaloom.core.method import Sizes
+from deltaloom.core.registry import get
 from deltaloom.measure._differentiable import differentiable
 from deltaloom.measure._label_words import LabelWords, questions
 from deltaloom.measure.choice import Choice

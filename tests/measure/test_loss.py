@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from deltaloom.core.encoding import encode
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Sizes, get
+from deltaloom.core.method import Sizes
+from deltaloom.core.registry import get
 from deltaloom.measure.loss import Loss
 
 CITY = {"prompt": "what is the capital of France ?", "completion": "Paris"}

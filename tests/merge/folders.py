@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 
 SHAPES = {
     "model.embed_tokens.weight": (60, 32),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import get, methods
+from deltaloom.core.registry import get, methods
 from deltaloom.core.spec import explain
 from deltaloom.core.tensors import TensorEntry
 from deltaloom.merge._rule import Block

@@ -18,7 +18,7 @@ from deltaloom import methods, testing
 from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.recipe.execute import run_step
 from deltaloom.recipe.steps import parse_step
 

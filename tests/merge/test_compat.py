@@ -164,7 +164,7 @@ def kept(how, change, one, draws):
 
 def family(method, base, models, shared, each, name, seed):
     """Task arithmetic and its kin on whole tensors in torch."""
-    from deltaloom.core.method import get
+    from deltaloom.core.registry import get
 
     row = get("merge", method).preset
     changes = []

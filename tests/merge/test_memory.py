@@ -13,7 +13,7 @@ from test_compat import SETTINGS as COMPATIBLE
 from test_compat import SHARED, rule_of
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.core.sizes import parse_bytes
 from deltaloom.core.tensors import TensorFolder
 from deltaloom.merge._dialect import dialects
@@ -78,7 +78,7 @@ def of(name, **more):
 
 
 def test_every_streaming_method_is_here():
-    from deltaloom.core.method import methods
+    from deltaloom.core.registry import methods
 
     whole = {"tsv", "iso_c"}
     known = {entry.name for entry in methods("merge") if issubclass(entry.load(), Streaming)}
@@ -150,7 +150,7 @@ def test_the_bytes_that_a_refusal_names_are_enough(tmp_path, models):
 
 CHILD = """
 import resource, sys
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 warm, base, one, two, out = sys.argv[1:]
 made = get("merge", "ties").make({"memory": "8M"})
 made.merge_folders(warm, [warm, warm], out + "-warm")

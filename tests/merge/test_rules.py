@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Sizes, get
+from deltaloom.core.method import Sizes
+from deltaloom.core.registry import get
 from deltaloom.merge._order import OrderStatistics
 
 torch.set_num_threads(1)

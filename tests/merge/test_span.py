@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaloom.core.errors import InputError, WorkError
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.merge._lanes import LANES
 from deltaloom.merge._rules import Linear, SelectiveTensor
 from deltaloom.merge._span import SpanTensor

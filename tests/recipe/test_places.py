@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from deltaloom.core.base import Base, BaseField
-from deltaloom.core.method import methods
 from deltaloom.core.places import PLACE, fingerprint, moved, places
+from deltaloom.core.registry import methods
 from deltaloom.core.run import Run
 from deltaloom.core.spec import Spec
 from deltaloom.engine.endpoint import Endpoint

@@ -13,7 +13,7 @@ from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.features import Features
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.tune.lora import Lora
 
 

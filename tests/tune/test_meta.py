@@ -13,7 +13,8 @@ from deltaloom.core.delta import load
 from deltaloom.core.encoding import Encoded, encode
 from deltaloom.core.errors import InputError, WorkError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, get
+from deltaloom.core.method import Evaluation
+from deltaloom.core.registry import get
 from deltaloom.engine import adaptation
 from deltaloom.engine.adaptation import moved
 from deltaloom.tune._meta import STATE, Drawn, Learner, MetaSettings, drawn

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, get
+from deltaloom.core.method import Evaluation
+from deltaloom.core.registry import get
 from deltaloom.tune._preferences import Judged, Pair, read, unpaired
 from deltaloom.tune.prefer import Prefer
 

@@ -11,7 +11,8 @@ from deltaloom.core.base import Base
 from deltaloom.core.encoding import encode
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Example, Examples
-from deltaloom.core.method import Evaluation, get
+from deltaloom.core.method import Evaluation
+from deltaloom.core.registry import get
 from deltaloom.engine.gradients import per_example
 from deltaloom.tune import _kinship
 from deltaloom.tune._stages import drawn

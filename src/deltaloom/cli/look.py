@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.method import VERBS, Entry, methods
+from deltaloom.core.registry import VERBS, Entry, methods
 from deltaloom.core.spec import explain
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

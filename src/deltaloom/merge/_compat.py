@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.merge._compat_numbers import Numbers
 from deltaloom.merge._compat_parts import Choice
 from deltaloom.merge._compat_sums import (

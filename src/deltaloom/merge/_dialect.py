@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.merge._resolve import Parameter
 from deltaloom.merge._rule import Block, Form, Rule, TensorRule
 from deltaloom.merge._rules import Linear, Selective, SelectiveTensor, _key

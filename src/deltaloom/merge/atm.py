@@ -36,8 +36,9 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Merger, Method, Sizes, Tuner, Work, get
+from deltaloom.core.method import Merger, Method, Sizes, Tuner, Work
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.core.run import Run
 from deltaloom.merge.passthrough import Passthrough
 

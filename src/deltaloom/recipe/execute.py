@@ -19,10 +19,11 @@ from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.estimate import Estimate, compare, holm
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, Measurer, get
+from deltaloom.core.method import Evaluation, Measurer
 from deltaloom.core.origin import Origin
 from deltaloom.core.places import fingerprint, moved, places
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.core.run import COUNTERS, Run, Workers
 from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.core.spec import canonical, digest

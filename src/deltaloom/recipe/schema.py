@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from deltaloom.core.base import BaseField
-from deltaloom.core.method import Entry, methods
+from deltaloom.core.registry import Entry, methods
 from deltaloom.recipe.steps import STEPS, Spec
 
 

@@ -17,8 +17,9 @@ from pydantic import BeforeValidator, Field
 
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError, suggest
-from deltaloom.core.method import VERBS, Measurer, Method, get, methods
+from deltaloom.core.method import Measurer, Method
 from deltaloom.core.places import moved
+from deltaloom.core.registry import VERBS, get, methods
 from deltaloom.core.spec import Spec, explain, field_help
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Evaluation, get
+from deltaloom.core.method import Evaluation
+from deltaloom.core.registry import get
 from deltaloom.search._past import Task
 from deltaloom.search._space import Dimension, Space, check_space, first_points
 from deltaloom.search._study import brief

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from deltaloom.core.method import get
+from deltaloom.core.registry import get
 from deltaloom.search._acquisition import Costs, log_improvement
 from deltaloom.search._past import Task
 from deltaloom.search._space import Dimension

@@ -34,8 +34,9 @@ from pydantic import Field
 from deltaloom.core.atomic import write_json
 from deltaloom.core.delta import load
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work, get
+from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.search._front import Goals, pareto
 from deltaloom.search._mixtures import GOAL, KINDS, SIZE, Attempt, configuration, measured
 from deltaloom.search._space import Dimension

@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 from pydantic import Field
 
 from deltaloom.core.errors import WorkError
-from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work, get
+from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.search._candidates import Choices, default_space, split
 from deltaloom.search._past import HISTORY, Task, read_history
 from deltaloom.search._space import Space

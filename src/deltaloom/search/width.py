@@ -29,8 +29,9 @@ from pydantic import Field
 
 from deltaloom.core.atomic import write_json
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Work, get, of_whole
+from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Work, of_whole
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.search._front import Goals
 from deltaloom.search._space import Dimension, Space, check_space
 from deltaloom.search._study import Outcome, Study, best, brief

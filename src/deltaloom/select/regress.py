@@ -26,9 +26,10 @@ from pydantic import Field, field_validator, model_validator
 from deltaloom.core.atomic import write_text
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Measurer, Selection, Sizes, Work, get
+from deltaloom.core.method import Measurer, Selection, Sizes, Work
 from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.core.spec import canonical
 from deltaloom.select._inputs import absolute

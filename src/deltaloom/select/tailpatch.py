@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 from pydantic import Field, field_validator, model_validator
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Measurer, Selection, Sizes, Work, get
+from deltaloom.core.method import Measurer, Selection, Sizes, Work
 from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
+from deltaloom.core.registry import get
 from deltaloom.select._inputs import absolute
 from deltaloom.select._mixing import MixtureSelector, amounts_of
 from deltaloom.select.proportional import rates
