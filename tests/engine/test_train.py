@@ -15,6 +15,7 @@ from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer, Work
 from deltaloom.engine import train
 from deltaloom.engine._checkpoints import WHOLE, checkpoints, last_whole, step_of
+from deltaloom.engine._watching import Ledger
 from deltaloom.engine.train import Paused, TrainSettings, collate, fit
 
 SETTINGS = TrainSettings(epochs=2, lr=1e-2, batch_size=8, warmup=0.0, schedule="constant")
@@ -98,6 +99,29 @@ def test_interrupted_after_a_checkpoint_ends_in_the_same_bytes(base, tmp_path):
     assert torch.equal(do(base, rows, broken_run), whole)
     logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
     assert logs[0] == logs[1]
+
+
+def test_killed_between_a_checkpoint_and_its_ledger_nothing_is_left_unpaid(
+    base, tmp_path, monkeypatch
+):
+    rows = rows_of(base, tmp_path)
+    whole_run, broken_run = tiny.run_in(tmp_path / "whole"), tiny.run_in(tmp_path / "broken")
+    whole = do(base, rows, whole_run)
+    account = Ledger.on_save
+
+    def killed(ledger, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+        account(ledger, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "on_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            do(base, rows, broken_run)
+    assert step_of(last_whole(broken_run.work / "checkpoints")) == 2
+    assert torch.equal(do(base, rows, broken_run), whole)
+    for key in ("backward_tokens", "flops"):
+        assert broken_run.record["cost"][key] == whole_run.record["cost"][key], key
 
 
 @pytest.mark.parametrize("epochs", [2, 0.7])

@@ -39,7 +39,10 @@ class Ledger(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._context = progress("tuning", self.total, self.done)
         self.advance = self._context.__enter__()
-        self.tokens = state.num_input_tokens_seen
+        # A run killed between a checkpoint and its ledger has not paid for the last steps yet.
+        self.paid = self.run.record.setdefault("paid_tokens", {})
+        self.key = f"{self.run.folder.name}/{Path(args.output_dir).name} from {self.earlier}"
+        self.tokens = min(state.num_input_tokens_seen, self.paid.get(self.key, 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
@@ -65,7 +68,7 @@ class Ledger(TrainerCallback):
         count_training(self.run, model, seen - self.tokens, trainable=self.trainable)
         if self.beside:
             count_forward(self.run, model, self.beside * (seen - self.tokens))
-        self.tokens = seen
+        self.tokens = self.paid[self.key] = seen
         self.run.save()
 
 
