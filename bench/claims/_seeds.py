@@ -1,4 +1,4 @@
-"""A claim's command line: seeds of the lab one after another, each kept; tables and verdicts."""
+"""What claims on seeds share: their command line, and means over seeds with their intervals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from deltaloom.core.estimate import Estimate
 
 
 def run_seeds(
@@ -35,3 +37,17 @@ def run_seeds(
     if options.quick:  # one seed of small data shows that it runs, and nothing else
         results = [{**one, "bound": None, "holds": True} for one in results]
     print(json.dumps({"bench": f"claims-{name}", "results": results}))
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """The mean of one value a seed, with Student's t interval."""
+    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
+
+
+def shown(values: list[float], sign: str = "", places: int = 3) -> str:
+    """The mean over seeds, and its interval where they differ."""
+    one = over_seeds(values)
+    form = f"{sign}.{places}f"
+    if max(values) - min(values) < 1e-6:
+        return f"{one.value:{form}}"
+    return f"{one.value:{form}} [{one.low:{form}}, {one.high:{form}}]"

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 
 from deltaloom import Base, Examples
 from deltaloom.core.delta import load
-from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import parse
 from deltaloom.core.method import Evaluation, Trial
 from deltaloom.core.registry import get
@@ -125,16 +124,6 @@ def area(front: list[Trial], worst: float) -> float:
     """Share of the rectangle, by the losses on test people."""
     points = [(one.cost[UNTOUCHED], one.values[SIZE]) for one in front]
     return hypervolume(points, (worst, MOST)) / (worst * MOST)
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    one = over_seeds(values)
-    between = f" [{one.low:{sign}.3f}, {one.high:{sign}.3f}]" if len(values) > 1 else ""
-    return f"{one.value:{sign}.3f}{between}"
 
 
 def gains(found: list[dict[str, Any]], arm: str) -> list[float]:

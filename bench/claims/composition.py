@@ -19,10 +19,9 @@ import json
 import random
 from pathlib import Path
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds
 
 import deltaloom
-from deltaloom.core.estimate import Estimate
 from deltaloom.lab import skills as world
 from deltaloom.lab.skill_files import write_skill_lab
 
@@ -146,11 +145,6 @@ def write(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
 
 
 def shown(values: list[float], sign: str = "") -> str:

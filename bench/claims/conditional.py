@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from _seeds import over_seeds, shown
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import _conditional_base as small
@@ -35,7 +37,6 @@ from _units import Units
 from scipy.stats import mannwhitneyu
 
 import deltaloom
-from deltaloom.core.estimate import Estimate
 from deltaloom.core.features import Features
 
 INDICATOR = " [IND]"
@@ -195,19 +196,6 @@ def score(home: Path, rows: list[dict]) -> dict[str, float]:
             needed[values > np.quantile(values, 1 - TOP)].mean()
         ),
     }
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    """Mean, and its interval where seeds differ."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.3f}"
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def tables(found: list[dict[str, dict[str, float]]]) -> str:

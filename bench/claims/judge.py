@@ -28,10 +28,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds
 
 import deltaloom
-from deltaloom.core.estimate import Estimate
 
 MODEL = "models/storyfam-L"
 DATA = "data/gsm8k/example_model_solutions.jsonl"
@@ -156,11 +155,6 @@ COMPARED = (
     ("hand: tuned", "hand: longer", None),
     ("models: tuned", "models: base", None),
 )
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed, with Student's t interval."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
 
 
 def tables(found: list[dict[str, float]]) -> str:

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 
 import deltaloom
 from deltaloom.core.base import Base
 from deltaloom.core.encoding import Encoded, encode, encode_prompt
-from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
 from deltaloom.core.run import Run
 from deltaloom.engine import adaptation
@@ -171,19 +170,6 @@ def cell(found: list[Found], start: str, way: str, what: int = 0) -> list[float]
     columns = [[seed[start][f"{way} {rate:g}"] for seed in found] for rate in RATES]
     best = max(columns, key=lambda own: sum(accuracy for accuracy, _ in own))
     return [one[what] for one in best]
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    """Mean and interval."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.3f}"
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def made(found: list[Found]) -> list[str]:

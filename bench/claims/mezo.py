@@ -26,6 +26,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from _seeds import over_seeds
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -239,11 +241,6 @@ def questions(path: Path) -> list[dict[str, Any]]:
                 "answer": int(label),
             }
     return list(found.values())
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed, with Student's t interval."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
 
 
 def shown(one: Estimate, sign: str = "") -> str:

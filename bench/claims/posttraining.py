@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -127,11 +127,6 @@ def over_targets(seed: Found, arm: str) -> float:
 def gain(found: list[Found], one: str, other: str) -> Estimate:
     """The mean difference over seeds."""
     return over_seeds([over_targets(seed, one) - over_targets(seed, other) for seed in found])
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
 
 
 def shown(one: Estimate, sign: str = "") -> str:

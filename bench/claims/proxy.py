@@ -18,8 +18,8 @@ import argparse
 import json
 
 import numpy as np
+from _seeds import over_seeds, shown
 
-from deltaloom.core.estimate import Estimate
 from deltaloom.search._relevance import Evidence, Model, Source, relevance
 
 POINTS, NOISE, CORRELATION, AWAY = 60, 0.3, 0.6, 2.0
@@ -88,17 +88,6 @@ def one_table(draw: np.random.Generator, spread: float) -> dict[str, float]:
     found["relevance, relevant"] = float(weights[like].mean())
     found["relevance, others"] = float(weights[~like].mean())
     return found
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float]) -> str:
-    one = over_seeds(values)
-    if len(values) == 1:
-        return f"{one.value:.3f}"
-    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
 
 
 def tables(found: dict[str, list[dict[str, float]]]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 from scipy.stats import spearmanr
 
 import deltaloom
@@ -114,19 +114,6 @@ def read(path: Path) -> list[dict]:
 def table(trials: list[dict], key: str, names: list[str]) -> np.ndarray:
     """Weights or losses as a matrix, runs by names."""
     return np.array([[one[key].get(name, 0.0) for name in names] for one in trials])
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    """Mean, and its interval where seeds differ."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.3f}"
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def tables(found: list[Found]) -> str:

@@ -20,7 +20,7 @@ from itertools import combinations
 from pathlib import Path
 
 import yaml
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 
 from deltaloom.core.estimate import Estimate
 from deltaloom.lab import tasks
@@ -140,19 +140,6 @@ def read(folder: Path, models: list[str]) -> dict[tuple[str, ...], float]:
                 layers.setdefault(key, []).append(record["weights"]["all"][key])
         found |= {("cka", degree, key): sum(own) / len(own) for key, own in layers.items()}
     return found
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    """Mean, and its interval where seeds differ."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.3f}"
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def differences() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:

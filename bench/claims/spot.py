@@ -19,7 +19,7 @@ import json
 import random
 from pathlib import Path
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -125,19 +125,6 @@ def over_targets(seed: dict[tuple[str, ...], float], length: str, arm: str) -> f
     """The mean of a seed's targets."""
     own = [seed[length, arm, t] for t in tasks.TARGETS if (length, arm, t) in seed]
     return sum(own) / len(own)
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    """Mean, and its interval where seeds differ."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.3f}"
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def tables(found: list[dict[tuple[str, ...], float]]) -> str:

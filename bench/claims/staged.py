@@ -20,7 +20,7 @@ import json
 import random
 from pathlib import Path
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -156,19 +156,6 @@ def write(path: Path, rows: list[dict]) -> Path:
 def over(seed: Found, arm: str, part: str) -> float:
     """The mean over some tasks of a seed."""
     return sum(seed[arm, task] for task in PARTS[part]) / len(PARTS[part])
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    """Mean, and its interval where seeds differ."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.3f}"
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
 
 
 def tables(found: list[Found]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _seeds import run_seeds
+from _seeds import over_seeds, run_seeds, shown
 
 import deltaloom
 from deltaloom.core.estimate import Estimate
@@ -107,19 +107,6 @@ def size(counts: dict[str, int], folder: Path) -> int:
 def over_targets(seed: Found, arm: str) -> float:
     """The mean of a seed's targets."""
     return sum(seed[arm, name] for name in tasks.TARGETS) / len(tasks.TARGETS)
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of one value a seed."""
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
-
-
-def shown(values: list[float], sign: str = "", places: int = 3) -> str:
-    """Mean, and its interval where seeds differ."""
-    one = over_seeds(values)
-    if max(values) - min(values) < 1e-6:
-        return f"{one.value:{sign}.{places}f}"
-    return f"{one.value:{sign}.{places}f} [{one.low:{sign}.{places}f}, {one.high:{sign}.{places}f}]"
 
 
 def recovered(seed: Found, kind: str, turned: int = 1) -> float:

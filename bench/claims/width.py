@@ -29,9 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from _seeds import over_seeds
 
 from deltaloom.core.atomic import write_json
-from deltaloom.core.estimate import Estimate
 
 RULES = {"width": ("completep", "standard"), "depth": ("completep", "depth-mup", "standard")}
 """For width alone the first is muP: both models have two layers."""
@@ -203,10 +203,6 @@ def regret(loss: Losses, rule: str, axis: str, seed: int, rates) -> float:
     small = curve(loss, rule, axis, GROWTH[0], seed, rates)
     large = curve(loss, rule, axis, GROWTH[-1], seed, rates)
     return large[small.index(min(small))] - min(large)
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    return Estimate.from_items({f"seed {k}": v for k, v in enumerate(values)}, metric="mean")
 
 
 def shown(values: list[float]) -> str:
