@@ -249,6 +249,7 @@ def test_nothing_is_paid_for_twice(server, tmp_path):
 
 def test_an_interrupted_call_keeps_what_came(server, tmp_path):
     def stop_at_three(i, reply):
+        time.sleep(0.05)  # as on a busy machine: no call may run ahead of what is kept
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.append(i)
@@ -261,8 +262,7 @@ def test_an_interrupted_call_keeps_what_came(server, tmp_path):
     again = Kept(chat_at(server), tmp_path / "calls.jsonl")
     found = again.replies(talk, max_new_tokens=4)
     assert [one.text for one in found] == [f"T{i}" for i in range(30)]
-    # at most the call in flight was made twice
-    assert sum(server.asked.values()) <= 31
+    assert set(server.asked.values()) == {1}
 
 
 def test_a_refusal_is_paid_and_kept(server, tmp_path):

@@ -20,8 +20,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -122,20 +124,37 @@ class EndpointChat:
             for conversation in conversations
         ]
         found: list[Any] = [None] * len(bodies)
+
+        def arrived(i: int, reply: Reply) -> None:
+            found[i] = reply
+            if on_reply is not None:
+                on_reply(i, reply)
+
+        self.ask_all([partial(self.ask, body) for body in bodies], arrived)
+        return found
+
+    def ask_all(self, calls: Sequence[Callable[[], Reply]], on_reply: OnReply) -> None:
+        """Make all calls, `concurrency` at a time; `on_reply` takes a call's number and reply.
+
+        A call begins when an earlier one's reply has been taken and not only when it is there, so
+        that an interruption loses no more than the replies to `concurrency` calls.
+        """
+        left = enumerate(calls)
+        waited: dict[Future[Reply], int] = {}
         pool = ThreadPoolExecutor(self.endpoint.concurrency)
         try:
-            waited = {pool.submit(self.ask, body): i for i, body in enumerate(bodies)}
-            for future in as_completed(waited):
-                i = waited[future]
-                found[i] = future.result()
-                if on_reply is not None:
-                    on_reply(i, found[i])
+            while True:
+                for i, call in islice(left, self.endpoint.concurrency - len(waited)):
+                    waited[pool.submit(call)] = i
+                if not waited:
+                    break
+                for future in wait(waited, return_when=FIRST_COMPLETED).done:
+                    on_reply(waited.pop(future), future.result())
         finally:
             # After an interruption or a hopeless answer nothing more is asked.
             self._pace.stop()
             pool.shutdown(cancel_futures=True)
             self._pace.resume()
-        return found
 
     def spend(self, run: Run, replies: Sequence[Reply]) -> dict[str, float]:
         """Calls, and tokens read and written by the server."""

@@ -10,8 +10,8 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -170,27 +170,22 @@ class Server:
         self, scenes: Sequence[Scene], prompts: Mapping[str, str], folder: Path, run: Run
     ) -> dict[str, str]:
         """Ask for every image that is not there."""
-        client, missing = EndpointChat(self.endpoint), {}
+        client, missing = EndpointChat(self.endpoint), dict[str, str]()
         left = [one for one in scenes if not (folder / f"{one.id}.png").exists()]
-        pool = ThreadPoolExecutor(self.endpoint.concurrency)
-        try:
-            asked = {
-                pool.submit(
-                    client.ask, self._body(prompts[one.id]), "/images/generations", _image_in
-                ): one.id
-                for one in left
-            }
-            with progress("conceptmix images", len(left)) as advance:
-                for future in as_completed(asked):
-                    reply, name = future.result(), asked[future]
-                    if reply.text is None:
-                        missing[name] = reply.failure or "no answer"
-                    else:
-                        write_bytes(folder / f"{name}.png", base64.b64decode(reply.text))
-                    run.spend(endpoint_calls=1.0)
-                    advance(1)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        bodies = [self._body(prompts[one.id]) for one in left]
+        calls = [partial(client.ask, body, "/images/generations", _image_in) for body in bodies]
+        with progress("conceptmix images", len(left)) as advance:
+
+            def arrived(i: int, reply: Reply) -> None:
+                name = left[i].id
+                if reply.text is None:
+                    missing[name] = reply.failure or "no answer"
+                else:
+                    write_bytes(folder / f"{name}.png", base64.b64decode(reply.text))
+                run.spend(endpoint_calls=1.0)
+                advance(1)
+
+            client.ask_all(calls, arrived)
         return missing
 
     def _body(self, prompt: str) -> dict[str, Any]:
