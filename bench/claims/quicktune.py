@@ -10,9 +10,11 @@ mean runs of the task. Regret is what the best value seen lacks to the table's b
 untuned base lacks: 1 is the base, 0 the table's best. All searches choose among the table's
 settings. Arms:
 
-- quicktune: all of the history, `parts` of a run at a time;
+- quicktune: all of the history alike, as published, `parts` of a run at a time;
 - quicktune, shuffled: as quicktune, but each past task's curves go to settings drawn by lot;
 - quicktune, alone: no history;
+- quicktune, trusted: as quicktune, each past task by its relevance (`search quicktune`'s default);
+- proxy: whole runs, in the order of what `search proxy` predicts;
 - random: whole runs of settings drawn by lot;
 - GP, TPE: whole runs that Optuna's samplers propose, three random ones first, each moved to the
   nearest setting that was not tried;
@@ -46,8 +48,15 @@ from deltaloom.core.estimate import Estimate
 from deltaloom.lab import tasks
 from deltaloom.search._past import PastTrial, Point, Task
 from deltaloom.search._policy import Policy, Seen, coordinates
+from deltaloom.search._trust import SHARE, judge_past
 
-ARMS = ("quicktune", "random", "TPE", "defaults", "GP", "quicktune, alone", "quicktune, shuffled")
+ARMS = (
+    "quicktune", "random", "TPE", "defaults", "GP", "quicktune, alone", "quicktune, shuffled",
+    "quicktune, trusted", "proxy",
+)  # fmt: skip
+DRAWN = ("random", "TPE", "GP", "quicktune, alone", "quicktune, shuffled")
+"""Arms of which the seed changes something."""
+OURS = ("quicktune", "quicktune, trusted")
 RIVALS = ("random", "TPE", "GP", "defaults")
 BUDGETS = (1, 2, 4)
 """Mean whole runs."""
@@ -129,7 +138,7 @@ class Table:
 
     def all_seeds(self, arm: str, name: str, seeds: int) -> list[list[float]]:
         """Regrets by seed and budget; the seed changes nothing where nothing is drawn."""
-        if arm in ("quicktune", "defaults"):
+        if arm not in DRAWN:
             return [[*self.played(arm, name, 0).values()]] * seeds
         return [[*self.played(arm, name, seed).values()] for seed in range(seeds)]
 
@@ -164,6 +173,8 @@ class Table:
             order = iter([0])
         elif arm == "random":
             order = iter(rng.sample(range(len(self.settings)), len(self.settings)))
+        elif arm == "proxy":
+            order = iter(np.argsort(self._proxy(name)[1], kind="stable").tolist())
         else:
             order = self._optuna(arm, name, seed)
         return (self.part(name, k, part) for k in order for part in range(EPOCHS))
@@ -180,12 +191,19 @@ class Table:
         if arm.endswith("alone"):  # whose first three are drawn
             rng.shuffle(order)
         offered = [self.settings[k] for k in order]
-        policy = Policy(SPACE, offered, EPOCHS, target, past, None, "seconds")
+        weights = self._proxy(name)[0].tolist() if arm.endswith("trusted") else None
+        policy = Policy(SPACE, offered, EPOCHS, target, past, weights, "seconds")
         while (asked := policy.ask()) is not None:
             candidate, part = asked
             cost, value = self.part(name, order[candidate], part)
             policy.tell(Seen(candidate, part, value, cost))
             yield cost, value
+
+    def _proxy(self, name: str) -> tuple[Any, Any]:
+        """What `search proxy` finds of the others: their relevances, and what settings promise."""
+        past = [task for other, task in self.past.items() if other != name]
+        target = self.past[name].model_copy(update={"trials": []})
+        return judge_past(SPACE, self.settings, target, past, SHARE, 0)
 
     def _optuna(self, arm: str, name: str, seed: int) -> Iterator[int]:
         """Settings in the order that a sampler of Optuna wants them."""
@@ -228,7 +246,7 @@ def shuffled(task: Task, rng: random.Random) -> Task:
 def really(home: Path, table: Table, names: list[str]) -> str:
     """Searches that train, on the last tasks: values, and what the table's best is."""
     lines = ["Searches really run, five parts each (one whole run):", "",
-             "| task | untuned | quicktune | quicktune, alone | random | table's best |",
+             "| task | untuned | quicktune, trusted | quicktune, alone | random | table's best |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for name in [one for one in names if one == REAL] or names[-1:]:
         files = []
@@ -275,14 +293,15 @@ def tables(found: Regrets, arms: Sequence[str], names: list[str], seeds: int) ->
     for arm in arms:
         cells = [f"{np.mean(per_task(found, arm, b, names, seeds)):.3f}" for b in BUDGETS]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    lines += ["", "Other arm - quicktune, with 95 % intervals over tasks", ""]
-    lines += ["| arm | " + " | ".join(heads) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
-    for arm in arms[1:]:
-        cells = []
-        for budget in BUDGETS:
-            one = over_tasks(differences(found, arm, budget, names, seeds))
-            cells.append(f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    for ours in [one for one in OURS if one in arms]:
+        lines += ["", f"Other arm - {ours}, with 95 % intervals over tasks", ""]
+        lines += ["| arm | " + " | ".join(heads) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
+        for arm in [one for one in arms if one != ours]:
+            cells = []
+            for budget in BUDGETS:
+                one = over_tasks(differences(found, arm, ours, budget, names, seeds))
+                cells.append(f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]")
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", "Regret after one run, by task", "", "| task | " + " | ".join(arms) + " |"]
     lines += ["|---" * (len(arms) + 1) + "|"]
     for name in names:
@@ -291,26 +310,29 @@ def tables(found: Regrets, arms: Sequence[str], names: list[str], seeds: int) ->
     return "\n".join(lines) + "\n"
 
 
-def differences(found: Regrets, arm: str, budget: int, names: list[str], seeds: int) -> list[float]:
-    """What an arm lacks more than quicktune, one value a task."""
+def differences(
+    found: Regrets, arm: str, ours: str, budget: int, names: list[str], seeds: int
+) -> list[float]:
+    """What an arm lacks more than `ours`, one value a task."""
     pairs = zip(
         per_task(found, arm, budget, names, seeds),
-        per_task(found, "quicktune", budget, names, seeds),
+        per_task(found, ours, budget, names, seeds),
         strict=True,
     )
     return [other - own for other, own in pairs]
 
 
 def judged(found: Regrets, arms: Sequence[str], names: list[str], seeds: int) -> list[dict]:
-    """Is quicktune's regret below that of its rivals at equal cost?"""
+    """Is quicktune's regret below that of its rivals at equal cost, also with the proxy's trust?"""
     results = []
     unit = f"regret, low end of the 95 % interval over {len(names)} tasks, {seeds} seeds"
-    for arm in [one for one in RIVALS if one in arms]:
-        for budget in BUDGETS:
-            one = over_tasks(differences(found, arm, budget, names, seeds))
-            results.append({"name": f"{arm} - quicktune, budget {budget}",
-                            "value": round(one.low, 4), "bound": "> 0", "holds": one.low > 0,
-                            "unit": unit})  # fmt: skip
+    for ours in [one for one in OURS if one in arms]:
+        for arm in [one for one in RIVALS if one in arms]:
+            for budget in BUDGETS:
+                one = over_tasks(differences(found, arm, ours, budget, names, seeds))
+                results.append({"name": f"{arm} - {ours}, budget {budget}",
+                                "value": round(one.low, 4), "bound": "> 0", "holds": one.low > 0,
+                                "unit": unit})  # fmt: skip
     return results
 
 

@@ -9,9 +9,10 @@ from tiny import base_in, rows_in
 from deltaloom.core.errors import InputError
 from deltaloom.recipe.execute import run_step
 from deltaloom.recipe.steps import parse_step
+from deltaloom.search import _policy
 from deltaloom.search._past import PastTrial, Point, Task
 from deltaloom.search._space import Dimension
-from deltaloom.search.proxy import judged
+from deltaloom.search._trust import judge_past
 
 SPACE = {"lr": Dimension(low=1e-5, high=1e-1, log=True)}
 RATES = [10 ** (k / 2) for k in range(-10, -1)]
@@ -42,12 +43,14 @@ def test_tasks_like_the_target_are_trusted_and_say_what_to_choose(feature, kind,
     target = Task(
         tuner="lora", metric="loss", name="t", features={"kind": feature}, untuned=4.0, trials=[]
     )
-    weights, means = judged(SPACE, CANDIDATES, target, PAST, 0.5, 0)
+    weights, means = judge_past(SPACE, CANDIDATES, target, PAST, 0.5, 0)
     like = np.array([one.name.startswith(kind) for one in PAST])
     assert weights[like].min() > 0.8
     assert weights[~like].max() < 0.2
     assert RATES[int(np.argmin(means))] == pytest.approx(10**best, rel=4)
-    _, pooled = judged(SPACE, CANDIDATES, target.model_copy(update={"features": {}}), PAST, 0.5, 0)
+    _, pooled = judge_past(
+        SPACE, CANDIDATES, target.model_copy(update={"features": {}}), PAST, 0.5, 0
+    )
     assert 1e-4 < RATES[int(np.argmin(pooled))] < 1e-2
 
 
@@ -62,7 +65,9 @@ def step(method, given, out, **settings):
     return run_step(parse_step("search", values, f"search {method}"), out)
 
 
-def test_quicktune_takes_what_it_found(given, tmp_path):
+def test_quicktune_takes_what_it_found(given, tmp_path, monkeypatch):
+    weights, real = [], _policy.Policy
+    monkeypatch.setattr(_policy, "Policy", lambda *args: weights.append(args[5]) or real(*args))
     files = []
     for one in PAST[2:6]:
         files.append(str(tmp_path / f"{one.name}.json"))
@@ -76,6 +81,10 @@ def test_quicktune_takes_what_it_found(given, tmp_path):
     more = {"space": space, "steps": 1, "parts": 2, "candidates": 8, "finish": False}
     trusted = {"history": files, "trust": str(tmp_path / "proxy")}
     step("quicktune", given, tmp_path / "tuned", **more, **trusted)
+    # by itself it trusts the past as much as the proxy says
+    step("quicktune", given, tmp_path / "features", **more, history=files)
+    step("quicktune", given, tmp_path / "all", **more, history=files, trust="all")
+    assert weights == [pytest.approx(list(found.values())), weights[0], None]
     other = tmp_path / "low1.json"
     PAST[1].model_copy(update={"metric": "loss_per_token"}).write(other)
     trusted["history"] = [str(other)]

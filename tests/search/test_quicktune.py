@@ -154,7 +154,7 @@ def test_a_history_of_another_tuner_or_metric_is_refused(given, found, tmp_path)
     ):
         path.write_text(json.dumps({**content, key: own}))
         with pytest.raises(InputError, match=sentence):
-            searched(given, tmp_path / "out", history=[str(path)])
+            searched(given, tmp_path / key, history=[str(path)])
     path.write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         searched(given, tmp_path / "out", history=[str(path)])

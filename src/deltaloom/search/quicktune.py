@@ -32,6 +32,7 @@ from pydantic import Field
 
 from deltaloom.core.errors import WorkError
 from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work
+from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
 from deltaloom.search._candidates import Choices, default_space, split
@@ -39,7 +40,7 @@ from deltaloom.search._past import HISTORY, Task, read_history
 from deltaloom.search._space import Space
 from deltaloom.search._storage import Mirror
 from deltaloom.search._study import brief
-from deltaloom.search._trust import trusted
+from deltaloom.search._trust import SHARE, judge_past, read_trust
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from deltaloom.search._parts import Done, Parts
     from deltaloom.search._policy import Policy
 
+FEATURES, ALL = "features", "all"
+"""Ways to trust the past that are no folder."""
 GOAL = "objective"
 """What trials are compared by; the lower the better, as a loss or an accuracy times -1."""
 
@@ -71,12 +74,13 @@ class Quicktune(Searcher):
     to 32, and for lora r 2 to 64."""
     fixed: dict[str, Any] = {}
     """Settings of the tuner that are the same in every trial; all others are its own."""
-    history: list[str] = []
+    history: Annotated[list[str], PLACE] = []
     """What other tasks have shown: folders of earlier quicktune searches, of tune runs that were
     given `evaluate`, and history files (docs/search.md has their form)."""
-    trust: str | None = None
-    """Folder of a `search proxy` over the same history: each of its tasks counts by its relevance.
-    None trusts all alike."""
+    trust: Annotated[str, PLACE] = FEATURES
+    """How much past tasks count: `features` each by its relevance, which is told from features as
+    `search proxy` does it; `all` alike, as published; else the folder of a `search proxy` over the
+    same history. (The default is ours: of the arms of bench/claims/quicktune.py it lacks least.)"""
     parts: Annotated[int, Field(ge=1)] = 5
     """Parts of a run, after each of which another trial may go on (ours; Quick-Tune: epochs)."""
     steps: Annotated[int, Field(ge=1)] = 20
@@ -119,7 +123,7 @@ class Quicktune(Searcher):
         choices = Choices("search quicktune", self.tuner, space, self.fixed)
         choices.check()
         past = read_history(self.history, self.tuner)
-        weights = trusted(self.trust, past)
+        named = None if self.trust in (FEATURES, ALL) else read_trust(self.trust, past)
         kept, evaluation = split(data, evaluation, self.holdout, run.seed)
         candidates = choices.draw(past, self.candidates, run.seed)
         tuners = [choices.make(one) for one in candidates]
@@ -129,6 +133,10 @@ class Quicktune(Searcher):
         target = doing.describe(self.tuner, tuners[0].max_length)
         read_history(self.history, self.tuner, target.metric)  # refuses what is measured otherwise
         unit: Any = "flops" if self.seconds is None else "seconds"
+        weights = named
+        if self.trust == FEATURES:
+            relevances, _ = judge_past(space, candidates, target, past, SHARE, run.seed)
+            weights = relevances.tolist()
         policy = Policy(space, candidates, self.parts, target, past, weights, unit, run.seed)
         self._explore(policy, tuners, doing, run)
         return self._found(policy, tuners, doing, target, run)
