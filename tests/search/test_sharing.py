@@ -18,9 +18,9 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
-def explored(folder, *attempts, workers=0, trials=8, **more):
+def explored(folder, *attempts, workers=0, cluster=None, trials=8, **more):
     with run_in(folder, seed=3) as run:
-        run.workers = Workers(workers)
+        run.workers = Workers(workers, cluster)
         study = Study(run, SPACE, {"loss": "lower"}, trials, **more)
         return study.explore(*attempts), run.record
 
@@ -36,6 +36,13 @@ def test_workers_make_the_same_search_also_when_some_are_killed(tmp_path):
     assert {trial.failed for trial in wanted} == {None, "the loss is nan at step 3"}
     # another proposal is made when the last results are known
     assert explored(tmp_path / "last", half, ahead=1)[0] != wanted
+
+
+def test_a_cluster_makes_the_same_search(tmp_path):
+    pytest.importorskip("ray")
+    wanted, _ = explored(tmp_path / "here", bowl, trials=6, ahead=2)
+    found, _ = explored(tmp_path / "shared", bowl, trials=6, ahead=2, workers=2, cluster="local")
+    assert found == wanted
 
 
 def test_a_trial_that_keeps_killing_its_worker_failed(tmp_path, capfd, monkeypatch):
