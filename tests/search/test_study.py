@@ -54,6 +54,28 @@ def test_interrupted_and_resumed_is_the_same_search(tmp_path, lost):
     assert count == 10
 
 
+def test_nothing_is_tried_twice_and_nothing_that_is_no_trial(tmp_path):
+    space = {
+        "a": Dimension(low=0, high=3, integer=True),
+        "b": Dimension(low=0, high=2, integer=True),
+    }
+    goals = {"loss": "lower", "size": "lower"}
+
+    def product(settings, run):
+        size = settings["a"] * settings["b"]
+        return Outcome({"loss": 9.0 - size, "size": float(size)})
+
+    def meaning(settings):
+        return settings["a"] * settings["b"] or None
+
+    with run_in(tmp_path / "run") as run:
+        trials = Study(run, space, goals, 8, meaning=meaning).explore(product)
+    found = [meaning(trial.settings) for trial in trials]
+    # 1, 2, 3, 4 and 6 is all there is; then what was tried comes again, and still not nothing
+    assert sorted(found[:5]) == [1, 2, 3, 4, 6]
+    assert None not in found
+
+
 def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path):
     def half(settings, run):
         if settings["kind"] == "b":

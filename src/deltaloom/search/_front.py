@@ -24,21 +24,27 @@ def pareto(trials: Sequence[Trial], goals: tuple[str, str]) -> list[Trial]:
     return front
 
 
+def unbeaten(trials: Sequence[Trial], goals: Goals) -> list[Trial]:
+    """The finished trials that no other is better than in one goal and no worse than in all."""
+    left = [trial for trial in trials if trial.failed is None]
+    signs = {name: 1.0 if way == "lower" else -1.0 for name, way in goals.items()}
+    points = {t.number: [sign * t.values[name] for name, sign in signs.items()] for t in left}
+    return [
+        one
+        for one in left
+        if not any(_beats(points[other.number], points[one.number]) for other in left)
+    ]
+
+
 def ranked(trials: Sequence[Trial], goals: Goals) -> list[Trial]:
     """The finished trials: those that none beats first, then those that only they beat, and so on;
     within such a layer by the first goal, the earliest of equals.
     """
-    left = [trial for trial in trials if trial.failed is None]
-    signs = {name: 1.0 if way == "lower" else -1.0 for name, way in goals.items()}
-    points = {t.number: [sign * t.values[name] for name, sign in signs.items()] for t in left}
-    found: list[Trial] = []
-    while left:
-        layer = [
-            one
-            for one in left
-            if not any(_beats(points[other.number], points[one.number]) for other in left)
-        ]
-        found += sorted(layer, key=lambda t: (points[t.number][0], t.number))
+    left, found = list(trials), list[Trial]()
+    goal, way = next(iter(goals.items()))
+    sign = 1.0 if way == "lower" else -1.0
+    while layer := unbeaten(left, goals):
+        found += sorted(layer, key=lambda t: (sign * t.values[goal], t.number))
         left = [one for one in left if one not in layer]
     return found
 

@@ -39,8 +39,6 @@ class Attempt:
         from deltaloom.engine.meter import training_cost
 
         tuner = self._tuner(settings)
-        if tuner is None:  # nothing is on: the base itself
-            return Outcome({GOAL: measured(self.base.load(), self.base, self.inner, part), SIZE: 0})
         model = tuner.attach(self.base, part.seed)
         # A tenth of a run in checkpoints would cost a small trial more than its training.
         every = self.method.save_steps or 10**9
@@ -55,10 +53,9 @@ class Attempt:
         value = measured(model, self.base, self.inner, part)
         return Outcome({GOAL: value, SIZE: math.log2(1 + count)}, cost)
 
-    def _tuner(self, settings: dict[str, Any]) -> Composite | None:
+    def _tuner(self, settings: dict[str, Any]) -> Composite:
         own = configuration(settings)
-        if own is None:
-            return None
+        assert own is not None
         shared = {key: getattr(self.method, key) for key in GradientSettings.model_fields}
         return Composite(**{**shared, **own, "lr": self.method.lr})
 
@@ -71,6 +68,12 @@ def configuration(settings: dict[str, Any]) -> dict[str, Any] | None:
     if not layers or not any(sizes.values()):
         return None
     return {**sizes, "layers": layers}
+
+
+def meaning(settings: dict[str, Any]) -> str | None:
+    """The same for settings that switch the same modules on; None for those that switch none on."""
+    own = configuration(settings)
+    return own and repr(sorted(own.items()))
 
 
 def measured(model: Any, base: Base, by: Evaluation, run: Run) -> float:

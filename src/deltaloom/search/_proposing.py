@@ -5,7 +5,10 @@ those in between, whether they are done or not. So it is the same for any number
 whichever of them is first, and a resumed search proposes what an undisturbed one does.
 
 The first trials spread evenly over the space, later ones are proposed by Optuna's Gaussian-process
-sampler, a new one for each trial with a seed of its own.
+sampler, a new one for each trial with a seed of its own. Where `meaning` tells what settings amount
+to, nothing is tried twice, and nothing that is not worth a trial. The sampler knows no such limits
+and proposes the same again once it is sure; in its place comes a trial that none beats, drawn by
+lot, with one setting changed, or more until it is new.
 
 A failed trial counts, for proposing only, as the worst one seen; values much worse than the median
 are cut to it plus twice its distance to the best, because one trial that nearly diverged would
@@ -14,15 +17,21 @@ otherwise flatten everything else (ours).
 
 from __future__ import annotations
 
+import random
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltaloom.core.method import Trial
-from deltaloom.search._front import Goals
+from deltaloom.search._front import Goals, unbeaten
 from deltaloom.search._space import Dimension, first_points
+
+Meaning = Callable[[dict[str, Any]], Hashable]
+"""What settings amount to; None for what is not worth a trial."""
+STEPS = 1000
+"""Changes before what was tried is tried again after all: the space may hold nothing else."""
 
 
 @dataclass
@@ -36,6 +45,7 @@ class Proposer:
     first: Sequence[dict[str, Any]] = ()
     """Settings to try before all others."""
     ahead: int = 1
+    meaning: Meaning | None = None
     known: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Settings of the trials so far."""
 
@@ -55,7 +65,7 @@ class Proposer:
             found = self._proposed(number, done)
             if found is None:
                 return None
-            self.known[number] = found
+            self.known[number] = self._fresh(number, found, done)
         return self.known[number]
 
     def _proposed(self, number: int, done: Mapping[int, Trial]) -> dict[str, Any] | None:
@@ -70,6 +80,28 @@ class Proposer:
                 return self._ask(number, values)
         points = first_points(self.space, number + 1 - len(self.first), self.seed)
         return points[-1]
+
+    def _fresh(
+        self, number: int, settings: dict[str, Any], done: Mapping[int, Trial]
+    ) -> dict[str, Any]:
+        """`settings` if they are worth a trial, else others that are."""
+        if self.meaning is None:
+            return settings
+        tried = {self.meaning(self.known[one]) for one in range(number)} | {None}
+        if self.meaning(settings) not in tried:
+            return settings
+        chance, names = random.Random(f"{self.seed} {number}"), list(self.space)
+        needed = range(max(0, number - self.ahead + 1)) if number >= self.evenly else ()
+        parents = unbeaten([done[one] for one in needed], self.goals)
+        found = usable = dict(chance.choice(parents).settings) if parents else settings
+        for _ in range(STEPS):
+            name = chance.choice(names)
+            found = {**found, name: self.space[name].at(chance.random())}
+            meaning = self.meaning(found)
+            usable = found if meaning is not None else usable
+            if meaning not in tried:
+                break
+        return usable
 
     def _ask(self, number: int, values: dict[int, list[float]]) -> dict[str, Any]:
         import optuna

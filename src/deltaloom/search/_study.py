@@ -30,7 +30,7 @@ from deltaloom.core.progress import say
 from deltaloom.core.run import Run
 from deltaloom.engine.shards import Job, run_drawn
 from deltaloom.search._front import Goals, ranked
-from deltaloom.search._proposing import Proposer
+from deltaloom.search._proposing import Meaning, Proposer
 from deltaloom.search._space import Dimension
 from deltaloom.search._storage import Mirror
 
@@ -67,6 +67,8 @@ class Study:
     """Settings to try before all others."""
     ahead: int = 1
     """Trials that may be done at the same time once all depend on earlier ones."""
+    meaning: Meaning | None = None
+    """What settings amount to, where different ones may be the same."""
 
     def explore(self, *attempts: Attempt) -> tuple[Trial, ...]:
         """Do all trials that are not done yet; raises WorkError when every one failed."""
@@ -74,7 +76,13 @@ class Study:
         with clock.outside():
             records = _Records(self, len(attempts))
             proposer = Proposer(
-                self.space, self.goals, self.trials, self.run.seed, self.first, self.ahead
+                self.space,
+                self.goals,
+                self.trials,
+                self.run.seed,
+                self.first,
+                self.ahead,
+                self.meaning,
             )
             self._check_workers(proposer)
         climb = _Climb(self, proposer, records, clock, len(attempts))

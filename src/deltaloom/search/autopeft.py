@@ -5,12 +5,13 @@ Fine-Tuning" (TACL, arXiv 2301.12132).
 
 A configuration says the size of a serial and a parallel bottleneck, of a prefix, of a low-rank and
 of a sparse change (0 or a power of two up to `largest`), and for every layer whether it has them
-(`tune composite`). Each is tuned on a part of the rows and measured on another; both that
-measurement and log2(1 + parameters) are made small by multi-objective Bayesian optimisation. What
-no other configuration beats in both is the front: each of its points is kept as an adapter folder
-(`front/`), and is measured on rows that neither tuning nor the search has seen. With `rungs` above
-1 configurations are tuned on few rows first, and only the best third goes on to three times as
-many.
+(`tune composite`); what has no size or no layer is none. Each is tuned on a part of the rows and
+measured on another; both that measurement and log2(1 + parameters) are made small by
+multi-objective Bayesian optimisation. A search of twenty trials or more begins with each kind
+alone, on all layers. What no other configuration beats in both is the front: each of its points is
+kept as an adapter folder (`front/`), and is measured on rows that neither tuning nor the search has
+seen. With `rungs` above 1 configurations are tuned on few rows first, and only the best third goes
+on to three times as many.
 
 Differs: the surrogate is Optuna's Gaussian process with expected hypervolume improvement, where the
 paper has a fully Bayesian one with sparse axes; the authors report the rows that they searched on,
@@ -38,7 +39,7 @@ from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Wor
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
 from deltaloom.search._front import Goals, pareto
-from deltaloom.search._mixtures import GOAL, KINDS, SIZE, Attempt, configuration, measured
+from deltaloom.search._mixtures import GOAL, KINDS, SIZE, Attempt, configuration, meaning, measured
 from deltaloom.search._space import Dimension
 from deltaloom.search._study import KEPT, Study
 from deltaloom.tune._gradient import GradientSettings
@@ -105,7 +106,16 @@ class Autopeft(GradientSettings, Searcher):
         kept, inner, outer = self._split(data, evaluation, run)
         space = self._space(depth)
         goals: Goals = {GOAL: "lower", SIZE: "lower"}
-        study = Study(run, space, goals, self.trials, self.storage, ahead=self.ahead)
+        study = Study(
+            run,
+            space,
+            goals,
+            self.trials,
+            self.storage,
+            first=self._alone(space),
+            ahead=self.ahead,
+            meaning=meaning,
+        )
         home = run.work / "adapters"
         mixed = random.Random(run.seed).sample(range(len(kept)), len(kept))
         shares = [KEPT**-rung for rung in reversed(range(self.rungs))]
@@ -129,6 +139,15 @@ class Autopeft(GradientSettings, Searcher):
         size = Dimension(low=0, high=self.largest.bit_length(), integer=True)
         layer = Dimension(low=0, high=1, integer=True)
         return {**dict.fromkeys(KINDS, size), **{f"layer_{n}": layer for n in range(depth)}}
+
+    def _alone(self, space: dict[str, Dimension]) -> list[dict[str, Any]]:
+        """Each kind by itself, of middle size, on all layers; nothing in a search so short that
+        these would be more than a quarter of it.
+        """
+        if self.trials < 4 * len(KINDS):
+            return []
+        off = {name: 0 if name in KINDS else 1 for name in space}
+        return [{**off, kind: (self.largest.bit_length() + 1) // 2} for kind in KINDS]
 
     def _split(
         self, data: Examples, evaluation: Evaluation | None, run: Run
@@ -164,26 +183,22 @@ class Autopeft(GradientSettings, Searcher):
             if (home / name).exists():
                 shutil.rmtree(goal / name, ignore_errors=True)
                 os.replace(home / name, goal / name)
-            adapter = (goal / name).exists()
+            model = load(goal / name, base).apply(base)
             point = {
                 "trial": trial.number,
-                "settings": configuration(trial.settings) or {},
+                "settings": configuration(trial.settings),
                 GOAL: trial.values[GOAL],
-                "parameters": int(trial.cost.get("parameters", 0)),
-                "adapter": f"{FRONT}/{name}" if adapter else None,
+                "parameters": int(trial.cost["parameters"]),
+                "adapter": f"{FRONT}/{name}",
+                "untouched": measured(model, base, outer, run.nested("untouched")),
             }
-            if adapter or not point["settings"]:
-                model = load(goal / name, base).apply(base) if adapter else base.load()
-                point["untouched"] = measured(model, base, outer, run.nested("untouched"))
             found.append(point)
             say(f"front: {point['parameters']} parameters, {GOAL} {point[GOAL]:.4g}")
         write_json(run.folder / "front.json", found)
         return found
 
-    def _publish(self, best: dict[str, Any], base: Base, run: Run) -> Delta | None:
+    def _publish(self, best: dict[str, Any], base: Base, run: Run) -> Delta:
         """The best point's adapter as the step's own product."""
-        if best["adapter"] is None:
-            return None
         result = run.work / "result"
         shutil.rmtree(result, ignore_errors=True)
         shutil.copytree(run.folder / best["adapter"], result)
