@@ -47,7 +47,7 @@ ARMS: dict[str, dict] = {
     "focus": {"method": "focus"},
     "fvt": {"method": "fvt"},
     "ridge": {"method": "ridge"},
-    "omp": {"method": "omp"},
+    "omp": {"method": "omp", "k": 64},
     "omp-8": {"method": "omp", "k": 8},
     "blend": {"method": "blend"},
 }

@@ -178,10 +178,11 @@ def test_pursuit_ends_early(monkeypatch, bytes_):
     assert factors[1:].abs().max() == 0
 
 
-def test_omp_reads_the_sums_off_in_the_base(home, tmp_path):
+@pytest.mark.parametrize("k", [4, None])
+def test_omp_reads_the_sums_off_in_the_base(home, tmp_path, k):
     from sklearn.linear_model import orthogonal_mp
 
-    moved(home, "omp", tmp_path / "out", base="untied", tokenizer="new-untied", k=4)
+    moved(home, "omp", tmp_path / "out", base="untied", tokenizer="new-untied", k=k)
     _, new, _ = both(home, "untied", "new-untied")
     ours, theirs = anchors(home, "untied", "new-untied")
     made = load_file(tmp_path / "out" / "model.safetensors")
@@ -190,7 +191,8 @@ def test_omp_reads_the_sums_off_in_the_base(home, tmp_path):
     for name in (EMBED, HEAD):
         atoms = given[name].double().numpy()[theirs]
         unit = atoms / np.linalg.norm(atoms, axis=1, keepdims=True)
-        found = orthogonal_mp(unit.T, given[name].double().numpy()[number], n_nonzero_coefs=4)
+        most = k or atoms.shape[1] // 8
+        found = orthogonal_mp(unit.T, given[name].double().numpy()[number], n_nonzero_coefs=most)
         wanted = (found / np.linalg.norm(atoms, axis=1)) @ own[name].double().numpy()[ours]
         assert np.allclose(made[name][number].numpy(), wanted, atol=1e-4)
 

@@ -37,10 +37,11 @@ BLOCK = 2048
 class Omp(DonorTransferrer):
     """Sparse sums of shared tokens."""
 
-    k: Annotated[int, Field(ge=1)] = 64
-    """Shared tokens in a sum at most (the paper's and mergekit's default, for widths of thousands);
-    as many as the donor is wide write any row, noise and all: with a donor of width 64, 8 was the
-    better of the two in a single short run."""
+    k: Annotated[int, Field(ge=1)] | None = None
+    """Shared tokens in a sum at most. None is an eighth of the donor's width and 64 at most (ours;
+    the paper and mergekit: 64, for widths of thousands): as many as the donor is wide write any
+    row, noise and all, and with 64 for a width of 64 rows were worse than random ones
+    (bench/claims/transfer.py)."""
     normalise: bool = True
     """Pick by the angle to a row, not by its length as well (ours; mergekit does not, and with one
     row in thirty five times as long, all its picks were those)."""
@@ -61,7 +62,8 @@ class Omp(DonorTransferrer):
         from deltaloom.core.progress import progress
         from deltaloom.transfer._pursuit import Pursuit
 
-        pursuit = Pursuit(theirs, min(self.k, len(theirs)), normalise=self.normalise)
+        most = self.k or max(1, min(64, theirs.shape[1] // 8))
+        pursuit = Pursuit(theirs, min(most, len(theirs)), normalise=self.normalise)
         blocks = []
         with progress(f"pursuit, {label} rows", len(wanted)) as advance:
             for start in range(0, len(wanted), BLOCK):
