@@ -178,6 +178,15 @@ def test_changed_data_is_refused(home, tmp_path):
         deltaloom.select("random", pool=pool, count=3, out=tmp_path / "out")
 
 
+def test_changed_rows_to_evaluate_on_are_refused(home, tmp_path):
+    held = tiny.rows_in(tmp_path / "held.jsonl", 4)
+    tune = {"base": home / "base", "data": home / "dev.jsonl", "evaluate": held, "epochs": 1}
+    deltaloom.tune("lora", **tune, out=tmp_path / "out")
+    tiny.rows_in(tmp_path / "held.jsonl", 5)
+    with pytest.raises(InputError, match=r"different inputs\.evaluate"):
+        deltaloom.tune("lora", **tune, out=tmp_path / "out")
+
+
 def test_bad_input_leaves_nothing_behind(home, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "where lives tom ? "}\n')

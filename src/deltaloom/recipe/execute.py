@@ -215,7 +215,7 @@ def _search(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
 
 
 def _evaluation(step: TuneStep | SearchStep, inputs: Inputs) -> Evaluation | None:
-    if step.evaluate is None:
+    if step.evaluate is None or inputs.held is None:
         return None
     method = get("measure", step.evaluate.method).make(step.evaluate.settings)
     if inputs.base is not None and inputs.base.labels and not method.classifiers:
@@ -223,8 +223,7 @@ def _evaluation(step: TuneStep | SearchStep, inputs: Inputs) -> Evaluation | Non
             f"{step.name}: evaluate.method = {step.evaluate.method} does not work on sequence "
             "classifiers; measure with evaluate.method=choice"
         )
-    data = Examples.read([inputs.folder(name) for name in step.evaluate.data])
-    return Evaluation(method, data, step.evaluate.every)
+    return Evaluation(method, inputs.held, step.evaluate.every)
 
 
 def _merge(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Inputs:
                 self.hashes[f"{key} {name}"] = fingerprint(path)
         self.base = self._base()
         self.data = {key: self._examples(key) for key in self.step.data_keys}
+        self.held = self._held()
         for name in getattr(self.step, "deltas", None) or ():
             if name != "base":
                 self.hashes[f"delta {name}"] = Base(model=self.folder(name)).fingerprint()
@@ -88,6 +89,15 @@ class Inputs:
             self.hashes[f"{key} {name}"] = rows.digest()
             found.append(rows)
         return found
+
+    def _held(self) -> Examples | None:
+        """What a step measures itself on, all as one."""
+        evaluate = getattr(self.step, "evaluate", None)
+        if evaluate is None:
+            return None
+        rows = Examples.read([self.folder(name) for name in evaluate.data])
+        self.hashes["evaluate"] = rows.digest()
+        return rows
 
     def _weights(self) -> SourceWeights | None:
         name = getattr(self.step, "weights", None)
