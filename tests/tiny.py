@@ -78,3 +78,16 @@ def rows_in(path: Path, count: int = 24, offset: int = 0) -> Path:
 
 def run_in(folder: Path, seed: int = 0) -> Run:
     return Run.open(folder, {"steps": []}, {}, seed)
+
+
+def loss_in_parts(monkeypatch):
+    """`measure loss` gives parts beside its whole from now on, as `measure skillmix` does."""
+    from deltaloom.measure.loss import Loss
+
+    real = Loss.measure
+
+    def measure(*args):
+        found = real(*args)
+        return {"": found, "k = 2": found}
+
+    monkeypatch.setattr(Loss, "measure", measure)

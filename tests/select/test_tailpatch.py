@@ -161,6 +161,14 @@ def test_effects_are_the_changes_of_the_loss_and_signs_are_right(setting, tmp_pa
     assert run.record["cost"]["backward_tokens"] > spent
 
 
+def test_the_whole_of_a_measurement_in_parts_counts(setting, tmp_path, monkeypatch):
+    base, pool, target = setting
+    tiny.loss_in_parts(monkeypatch)
+    method = Tailpatch(warmup_fraction=0.5, tuning=TUNING, steps=2, rungs=1, cost=20)
+    found = method.select(pool, tiny.run_in(tmp_path / "run"), target=target, base=base)
+    assert set(found.weights.about["ratings"]) == {"right", "wrong", "noise"}
+
+
 def loss(method, base, path, rows):
     model = method.tuning.attach(base, 0).eval()
     tensors = load_file(path)

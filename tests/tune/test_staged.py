@@ -84,6 +84,17 @@ def test_every_task_is_measured_after_each_stage(setting, tmp_path):
         method.tune(base, data, run, evaluation=Evaluation(measure, held, 5))
 
 
+def test_the_whole_of_a_measurement_in_parts_counts(setting, tmp_path, monkeypatch):
+    base, data = setting
+    tiny.loss_in_parts(monkeypatch)
+    held = rows_of(tmp_path / "held.jsonl", small=(2, "oslo"))
+    run = tiny.run_in(tmp_path / "run")
+    method = Staged(**SMALL, filter="none", high_share=0, epochs=0.2)
+    method.tune(base, data, run, evaluation=Evaluation(get("measure", "loss").make(), held))
+    last = json.loads((run.folder / "stages.json").read_text())["stages"][-1]
+    assert last["estimates"]["small"]["value"] > 0
+
+
 def test_repeats_are_capped_and_told():
     data = Examples(
         Example(f"{name}{i}", name, "x", prompt="q", completion="a")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from deltaloom.core.atomic import new_file, write_json
 from deltaloom.core.encoding import Encoded, encode
 from deltaloom.core.estimate import Estimate, compare
+from deltaloom.core.method import of_whole
 from deltaloom.core.progress import say
 from deltaloom.core.run import Run
 from deltaloom.engine.train import fit
@@ -159,7 +160,7 @@ class Patches:
         for number, rows in enumerate(self.targets.values()):
             scratch = part.scratch("measuring")
             found = self.measurer.measure(self.model, self.base.tokenizer(), rows, scratch)
-            write_json(part.folder / f"target-{number}.json", found.to_json())
+            write_json(part.folder / f"target-{number}.json", of_whole(found).to_json())
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():

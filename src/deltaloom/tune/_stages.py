@@ -13,6 +13,7 @@ import torch
 from deltaloom.core.atomic import new_file, write_json
 from deltaloom.core.encoding import encode
 from deltaloom.core.estimate import Estimate, compare
+from deltaloom.core.method import of_whole
 from deltaloom.core.progress import say
 from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.engine.train import fit
@@ -95,7 +96,9 @@ class Held:
             model.eval()
             tokenizer, method = self.base.tokenizer(), self.evaluation.method
             found = {
-                name: method.measure(model, tokenizer, rows, self.run.scratch("evaluation"))
+                name: of_whole(
+                    method.measure(model, tokenizer, rows, self.run.scratch("evaluation"))
+                )
                 for name, rows in self.tasks.items()
             }
             model.train(training)
