@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, tuple):
             return self._send(fault[0], {"error": "slow down"}, {"Retry-After": fault[1]})
         if fault == "slow":
-            time.sleep(0.5)
+            time.sleep(1.2)
         message = {"role": "assistant", "content": None}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         if fault == "refusal":

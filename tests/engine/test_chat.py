@@ -27,6 +27,10 @@ def server():
         yield running
 
 
+PATIENCE = (5.0, 0.8)
+"""Seconds for a quick answer on a busy machine, and for the one that comes later than that."""
+
+
 def chat_at(server, **settings):
     given = {"url": server.url, "model": "m", "backoff": 0.01, "timeout": 5.0, **settings}
     return EndpointChat(Endpoint(**given))
@@ -56,7 +60,7 @@ def test_replies_come_in_order_with_their_tokens(server):
 @pytest.mark.parametrize("fault", [408, 429, 500, 503, "truncated", "foreign", "slow"])
 def test_what_may_pass_is_asked_again(server, fault):
     server.faults["a"] = [fault, fault]
-    chat = chat_at(server, timeout=0.2)
+    chat = chat_at(server, timeout=PATIENCE[fault == "slow"])
     assert chat.replies([say("a")], max_new_tokens=4)[0].text == "A"
     assert server.asked["a"] == 3
 
@@ -64,11 +68,12 @@ def test_what_may_pass_is_asked_again(server, fault):
 @pytest.mark.parametrize(
     ("fault", "why"),
     [(429, "HTTP 429: fault 429"), (500, "HTTP 500"), ("truncated", "no whole JSON"),
-     ("foreign", "no choices"), ("slow", "no answer in 0.2 s")],
+     ("foreign", "no choices"), ("slow", "no answer in 0.8 s")],
 )  # fmt: skip
 def test_what_does_not_pass_is_a_failed_reply(server, fault, why):
     server.faults["a"] = [fault] * 9
-    a, b = chat_at(server, timeout=0.2, attempts=3).replies([say("a"), say("b")], max_new_tokens=4)
+    chat = chat_at(server, timeout=PATIENCE[fault == "slow"], attempts=3)
+    a, b = chat.replies([say("a"), say("b")], max_new_tokens=4)
     assert a.text is None
     assert why in a.failure
     assert b.text == "B"
@@ -119,9 +124,9 @@ def test_retry_after_is_honoured(server):
 
 
 def test_calls_are_paced(server):
-    chat = chat_at(server, requests_per_minute=600)
+    chat, start = chat_at(server, requests_per_minute=600), time.monotonic()
     chat.replies([say(f"t{i}") for i in range(5)], max_new_tokens=4)
-    assert np.diff(sorted(server.times)).mean() >= 0.09
+    assert max(server.times) - start >= 0.4
 
 
 def test_the_key_comes_from_the_environment(server, monkeypatch):
