@@ -18,7 +18,8 @@ paper has a fully Bayesian one with sparse axes; the authors report the rows tha
 and their code proposes the start of each local search instead of its end; LoRA, sparse changes and
 successive halving are ours to add.
 
-Not covered: retraining the front with other seeds; surrogates with sparse axes.
+Not covered: tuning the front again from other seeds (bench/claims/autopeft.py does it); surrogates
+with sparse axes.
 """
 
 from __future__ import annotations
