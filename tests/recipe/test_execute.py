@@ -249,6 +249,36 @@ def test_plan_loads_no_weights_and_counts_tokens(home, tmp_path):
     assert lines["b"]["flops"] > lines["a"]["flops"] > 0
 
 
+def test_plan_downloads_config_and_tokenizer_alone(home, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, revision=None, allow_patterns=(), **_):
+        asked.append((name, revision, allow_patterns))
+        return str(home / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    content = recipe_of(home)
+    content["base"] = {"model": "org/model", "revision": "v1"}
+    deltaloom.plan(content)
+    assert {(name, revision) for name, revision, _ in asked} == {("org/model", "v1")}
+    assert not any("safetensors" in one for *_, patterns in asked for one in patterns)
+
+
+def test_plan_of_a_base_that_is_not_there(home, tmp_path, monkeypatch):
+    def fetch(*_, **__):
+        raise OSError("no such repository\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    content = recipe_of(home)
+    content["base"] = "org/modle"
+    with pytest.raises(InputError, match=r"org/modle: neither a local folder nor a reachable hub"):
+        deltaloom.plan(content)
+    (tmp_path / "empty").mkdir()
+    content["base"] = str(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"empty has no config\.json: not a model"):
+        deltaloom.plan(content)
+
+
 def tiny_tokens(home, texts):
     return deltaloom.Base(model=str(home / "base")).tokenizer()(texts)["input_ids"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 """Patterns of the files of which a tokenizer has at least one."""
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+"""Patterns of what a model on the hub has beside its weights and its code."""
 SAMPLES = 64
 """Places at which the fingerprint reads each weights file."""
 
@@ -47,6 +50,14 @@ class Base(Spec):
     @property
     def folder(self) -> Path:
         """Local folder of the files; hub models are downloaded once into the hub's cache."""
+        return self._fetched(["*.safetensors", *SMALL_FILES])
+
+    @property
+    def outline(self) -> Path:
+        """As `folder`, but of a hub model config and tokenizer alone are downloaded."""
+        return self._fetched(SMALL_FILES)
+
+    def _fetched(self, patterns: Sequence[str]) -> Path:
         path = Path(self.model).expanduser()
         if path.is_dir():
             return path
@@ -54,12 +65,12 @@ class Base(Spec):
             raise InputError(f"{self.model}: no such folder; check the path")
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-        if self.trust_remote_code:
-            patterns.append("*.py")
+        code = ["*.py"] if self.trust_remote_code else []
         try:
             return Path(
-                snapshot_download(self.model, revision=self.revision, allow_patterns=patterns)
+                snapshot_download(
+                    self.model, revision=self.revision, allow_patterns=[*patterns, *code]
+                )
             )
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.core.base import Base
+from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Merger, Sizes, Work
 from deltaloom.recipe.steps import MergeStep, Planned, Recipe, parse_recipe, read_yaml
@@ -129,7 +130,7 @@ def _sizes(
         if base.model not in shapes:
             shapes[base.model] = model_shape(base)
         shape = shapes[base.model]
-        tokenizer = base.tokenizer()
+        tokenizer = base.model_copy(update={"model": str(base.outline)}).tokenizer()
     counts = {key: _rows(getattr(step, key) or [], rows_of, tokenizer) for key in step.data_keys}
     first = counts.get(step.data_keys[0], (0, 0.0)) if step.data_keys else (0, 0.0)
     return Sizes(
@@ -176,7 +177,10 @@ def _measured(name: str, tokenizer: Any) -> tuple[int, float]:
 
 
 def model_shape(base: Base) -> dict[str, int]:
-    """Parameter counts from the config alone, on the meta device."""
+    """Parameter counts from the config alone, on the meta device.
+
+    Raises InputError for a model that is not there, or whose config does not load.
+    """
     import torch
     from torch import nn
     from transformers import (
@@ -185,9 +189,13 @@ def model_shape(base: Base) -> dict[str, int]:
         AutoModelForSequenceClassification,
     )
 
-    config = AutoConfig.from_pretrained(
-        base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
+    outline = base.model_copy(update={"model": str(base.outline)})
+    outline.config()  # says what is wrong with a folder that has none
+    try:
+        config = AutoConfig.from_pretrained(outline.model, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{base.model}: its config.json does not load ({first})") from None
     with torch.device("meta"):
         if base.labels:
             config.num_labels = len(base.labels)
