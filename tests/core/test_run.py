@@ -123,7 +123,10 @@ def test_how_it_ended_is_recorded_and_the_run_goes_on(tmp_path, error, status):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"recipe": {"steps": [{"tune": {"method": "lora", "lr": 0.2}}]}}, r"recipe.steps: .*0\.1"),
+        (
+            {"recipe": {"steps": [{"tune": {"method": "lora", "lr": 0.2}}]}},
+            r"recipe\.steps\[0\]\.tune\.lr: 0\.1 there, 0\.2 here\)",
+        ),
         ({"recipe": {**RECIPE, "base": "b"}}, "recipe.base: None there, 'b' here"),
         ({"inputs": {**INPUTS, "base": "cccc"}}, "inputs.base: 'aaaa' there, 'cccc' here"),
         ({"inputs": {"base": "aaaa"}}, "inputs.data d.jsonl: 'bbbb' there, None here"),

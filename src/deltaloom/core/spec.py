@@ -162,4 +162,8 @@ def first_difference(a: Any, b: Any, path: str) -> str:
         for key in sorted({*a, *b}):
             if canonical(a.get(key)) != canonical(b.get(key)):
                 return first_difference(a.get(key), b.get(key), f"{path}.{key}")
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            if canonical(one) != canonical(other):
+                return first_difference(one, other, f"{path}[{i}]")
     return f"{path}: {a!r} there, {b!r} here"
