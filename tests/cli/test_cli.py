@@ -84,6 +84,8 @@ def test_ls_and_show_speak_json():
         (["select", "random", "poool=a.jsonl"], "unknown key 'poool'; did you mean 'pool'?"),
         (["run", "absent.yaml"], "absent.yaml: no such file"),
         (["show", "lesss"], "no method 'lesss'; did you mean 'less'?"),
+        (["show", "tune.loar"], "no method 'tune.loar'; did you mean 'tune.lora'?"),
+        (["show", "measure"], "'measure' is a verb; `deltaloom ls measure` lists its methods"),
         (["check", "absent"], "absent: no such file or folder"),
         (["compare", "absent", "absent"], "holds no run"),
         (["report", "absent"], "absent is no run folder"),

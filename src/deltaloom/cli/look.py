@@ -132,13 +132,16 @@ def check(
 def _find(name: str) -> Entry:
     verb, dot, rest = name.partition(".")
     wanted = rest if dot else name
-    found = [e for e in methods(verb if dot else None) if e.name == wanted]
+    among = methods(verb if dot else None)
+    found = [entry for entry in among if entry.name == wanted]
     if len(found) > 1:
         listed = ", ".join(f"{entry.verb}.{entry.name}" for entry in found)
         raise InputError(f"several methods are called {name!r}: {listed}")
+    if not found and name in VERBS:
+        raise InputError(f"{name!r} is a verb; `deltaloom ls {name}` lists its methods")
     if not found:
-        known = [entry.name for entry in methods()]
-        raise InputError(f"no method {name!r}{suggest(name, [*known, *VERBS])}")
+        known = [f"{verb}.{entry.name}" if dot else entry.name for entry in among]
+        raise InputError(f"no method {name!r}{suggest(name, known)}")
     return found[0]
 
 
