@@ -110,7 +110,17 @@ def test_what_every_call_would_get_stops_at_once(server, code):
 
 
 def test_nobody_listens():
-    chat = EndpointChat(Endpoint(url="http://127.0.0.1:9/v1", model="m", attempts=2, backoff=0.0))
+    chat = EndpointChat(Endpoint(url="http://127.0.0.1:9/v1", model="m", attempts=2, backoff=0.1))
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"9/v1#m: no connection .*; start the server"):
+        chat.replies([say(f"t{i}") for i in range(1000)], max_new_tokens=4)
+    assert time.monotonic() - started < 2
+
+
+def test_a_server_that_went_away_is_waited_for_by_each_call():
+    with serving(lambda messages, body: "here") as running:
+        chat = chat_at(running, attempts=2)
+        assert chat.replies([say("a")], max_new_tokens=4)[0].text == "here"
     (a,) = chat.replies([say("a")], max_new_tokens=4)
     assert a.text is None
     assert "no connection" in a.failure

@@ -11,7 +11,7 @@ import pytest
 from chat_server import serving
 
 import deltaloom
-from deltaloom.core.errors import InputError, WorkError
+from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples, parse
 from deltaloom.core.run import Run
 from deltaloom.measure import _rubric as rubric
@@ -357,7 +357,7 @@ def test_nothing_answers(tmp_path):
     with serving(both) as server:
         url = server.url
     student = {"url": url, "model": "student", "backoff": 0.0, "attempts": 1}
-    with pytest.raises(WorkError, match="no connection"):
+    with pytest.raises(InputError, match="no connection"):
         deltaloom.measure("skillmix", out=tmp_path / "out", student=student, **SMALL)
 
 

@@ -99,6 +99,8 @@ class EndpointChat:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
         self._pace = _Pace(endpoint.requests_per_minute)
+        self._reached = False
+        """Whether the server was ever there."""
 
     def replies(
         self,
@@ -200,6 +202,7 @@ class EndpointChat:
                 if error.code in HOPELESS:
                     self._pace.stop()  # before another thread begins the next call
                     raise InputError(self._hopeless(error.code, said)) from None
+                self._reached = True
                 reason = f"HTTP {error.code}: {said}"
                 if error.code not in AGAIN and error.code < 500:
                     break
@@ -208,12 +211,17 @@ class EndpointChat:
                 reason = str(error)
             except (OSError, http.client.HTTPException) as error:
                 timed_out = "timed out" in str(error)
+                # Only what fails before there is a connection comes as a URLError.
+                self._reached |= timed_out or not isinstance(error, urllib.error.URLError)
                 cause = getattr(error, "reason", error)
                 reason = (
                     f"no answer in {self.endpoint.timeout:g} s"
                     if timed_out
                     else f"no connection ({cause or type(error).__name__})"
                 )
+        if reason and not self._reached:
+            self._pace.stop()
+            raise InputError(f"{self.name}: {reason}; start the server, or check the address")
         failed = Reply(None, reason or "interrupted")
         return failed if refused is None else _paid_too(failed, refused)
 
@@ -226,6 +234,7 @@ class EndpointChat:
             f"{self.endpoint.url}{path}", json.dumps(body).encode(), headers
         )
         with self._opener.open(request, timeout=self.endpoint.timeout) as response:
+            self._reached = True
             return response.read()
 
     def _hopeless(self, code: int, said: str) -> str:
