@@ -190,6 +190,7 @@ def test_stop_and_token_ids(client, shelf):
         ({"max_tokens": 128}, openai.BadRequestError, "takes 128 tokens"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"logprobs": 0}, openai.BadRequestError, "logprobs is not supported"),
         ({"logprobs": 2}, openai.BadRequestError, "logprobs is not supported"),
         ({"frequency_penalty": 1}, openai.BadRequestError, "frequency_penalty is not supported"),
         ({"extra_body": {"top_k": 3}}, openai.BadRequestError, "unknown key 'top_k'"),

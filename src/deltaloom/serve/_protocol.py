@@ -179,7 +179,7 @@ def read_request(body: bytes, kind: type[Request]) -> Any:
     except UnicodeEncodeError:
         raise Refusal(400, "the body holds half a surrogate pair: no Unicode text") from None
     for key, neutral in NEUTRAL.items():
-        if key in values and values.pop(key) not in neutral:
+        if key in values and not _among(values.pop(key), neutral):
             raise Refusal(
                 400, f"{key} is not supported by this server; leave it out", param=key,
                 code="unsupported_parameter",
@@ -203,6 +203,11 @@ def asked_text(request: Chat | Completion) -> str:
     if not isinstance(prompt, str):
         raise Refusal(400, "'auto' routes one text; name a model for token ids", param="model")
     return prompt
+
+
+def _among(value: Any, known: Sequence[Any]) -> bool:
+    """Whether it is one of those; 0 is not false: `logprobs: 0` asks for the chosen tokens'."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
 
 
 def _no_constant(name: str) -> Any:
