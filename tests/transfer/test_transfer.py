@@ -309,6 +309,21 @@ def test_refusals_name_what_is_needed(home, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name in "abcdef"]
 
 
+def test_text_for_nothing_is_told(home, tmp_path, capsys):
+    moved(home, "fvt", tmp_path / "a", data=home / "text.jsonl")
+    assert "heal = none: nothing is tuned on data=" in capsys.readouterr().err
+    moved(home, "focus", tmp_path / "b", data=home / "text.jsonl", least=1)
+    assert "heal = none" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_an_end_is_told(home, tmp_path, capsys):
+    moved(home, "fvt", tmp_path / "a")
+    assert "ends a text" not in capsys.readouterr().err
+    bare = vocabularies.byte_level(tmp_path / "bare", vocabularies.OLD)
+    moved(home, "fvt", tmp_path / "b", tokenizer=bare)
+    assert "bare names no token that ends a text" in capsys.readouterr().err
+
+
 def test_a_table_that_nobody_knows_is_refused_by_name(home, tmp_path):
     import shutil
 

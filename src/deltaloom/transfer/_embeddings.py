@@ -82,6 +82,11 @@ class EmbeddingTransferrer(Healing):
         source = Side.read(base)
         files = dress(base, tokenizer, run.work / TOKENIZER)
         target = Vocabulary.read(files)
+        if "eos" in source.vocabulary.roles and not {"eos", "sep"} & target.roles.keys():
+            say(
+                f"{tokenizer} names no token that ends a text, so the moved model cannot end one; "
+                "name it (eos_token) in the tokenizer_config.json there, if it has one"
+            )
         giver = Side.read(donor) if donor is not None else None
         tables: dict[str, Tensor] = {}
         for place, name in enumerate(source.names):

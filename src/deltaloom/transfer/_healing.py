@@ -14,6 +14,7 @@ from pydantic import Field
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Sizes, Transferrer, Work
+from deltaloom.core.progress import say
 
 if TYPE_CHECKING:
     from deltaloom.core.base import Base
@@ -40,11 +41,13 @@ class Healing(Transferrer):
     """Tokens per row at most in healing; None takes the model's context."""
 
     def check_data(self, data: Examples | None) -> None:
-        """Raise InputError when healing is asked for without text."""
+        """Raise InputError when healing is asked for without text; tell of text for nothing."""
         if self.heal != "none" and data is None:
             raise InputError(
                 f"heal = {self.heal} needs data=, rows of text like those the base has learned from"
             )
+        if self.heal == "none" and data is not None and "data" not in self.needs:
+            say("heal = none: nothing is tuned on data=; heal=tune or heal=distill does that")
 
     def healing_work(self, sizes: Sizes) -> Work:
         """One frozen model with trained tables; distilling runs the base as well."""
