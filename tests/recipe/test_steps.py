@@ -32,6 +32,35 @@ def test_one_name_stands_for_a_list_and_a_text_for_a_base():
     assert step.step.base.dtype == "auto"
 
 
+def test_an_earlier_step_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    """The shell's `out=chosen` beside a recipe whose step has that name, as the README has it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("chosen", "skill", "base"):
+        (tmp_path / name).mkdir()
+    found = parse_recipe(
+        recipe(
+            {"select": {"method": "random", "pool": "chosen", "count": 1, "name": "chosen"}},
+            {"tune": {"method": "full", "data": ["chosen", "./chosen"], "name": "skill"}},
+            {
+                "measure": {
+                    "method": "judge",
+                    "base": "skill",
+                    "deltas": ["base", "skill"],
+                    "tasks": "t.jsonl",
+                    "judge": "skill",
+                }
+            },
+        ),
+        "r",
+    ).steps
+    folder = str(tmp_path / "chosen")
+    assert found[0].step.pool == [folder]
+    assert found[1].step.data == ["chosen", folder]
+    assert found[2].step.base.model == "skill"
+    assert found[2].step.deltas == ["base", "skill"]
+    assert found[2].method.judge.model == "skill"
+
+
 def test_presets_are_defaults_that_settings_override():
     values = {"method": "ties", "base": "b/m", "deltas": ["a/a", "c/c"]}
     assert parse_step("merge", values, "x").method.density == 0.2

@@ -7,7 +7,7 @@ is the one-step recipe `tune: {method: lora, data: d.jsonl, lr: 1e-4}`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -203,7 +203,7 @@ class Planned:
         if self.step.base is not None:
             model = folder_of(self.step.base.model)
             changes["base"] = self.step.base.model_copy(update={"model": model})
-        step = _absolute(self.step.model_copy(update=changes))
+        step = _placed(self.step.model_copy(update=changes), _path)
         return Planned(step, moved(self.method, folder_of))
 
 
@@ -218,8 +218,12 @@ class Recipe:
         return {"steps": [planned.record() for planned in self.steps]}
 
 
-def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
-    """Check one step; raises InputError for an unknown or wrong key, naming it."""
+def parse_step(
+    verb: str, values: dict[str, Any], where: str, earlier: Collection[str] = ()
+) -> Planned:
+    """Check one step, which may name `earlier` ones; raises InputError for an unknown or wrong key,
+    naming it.
+    """
     values = dict(values)
     cls = STEPS[verb]
     if "method" not in values:
@@ -253,7 +257,11 @@ def parse_step(verb: str, values: dict[str, Any], where: str) -> Planned:
             f"{where}: {verb} {entry.name} does not work on sequence classifiers; "
             "leave out base.labels or choose another method"
         )
-    return Planned(_absolute(step), moved(method, _path))
+
+    def place(name: str) -> str:
+        return name if name in earlier else _path(name)
+
+    return Planned(_placed(step, place), moved(method, place))
 
 
 def _subject(method: Method) -> str | None:
@@ -284,7 +292,7 @@ def parse_recipe(content: Any, where: str, overrides: dict[str, Any] | None = No
         here = f"{where}: step {values['name']}"
         if values["name"] in names:
             raise InputError(f"{here}: two steps have this name; set name: on one")
-        planned.append(parse_step(verb, {**content, **values}, here))
+        planned.append(parse_step(verb, {**content, **values}, here, names))
         names.add(values["name"])
     return Recipe(tuple(planned))
 
@@ -341,24 +349,26 @@ def _override(
             raise InputError(f"{key}: no step or recipe key {head!r}{suggest(head, known)}")
 
 
-def _absolute(step: Step) -> Step:
-    """Local paths made absolute, so that a recorded recipe replays from any folder."""
+def _placed(step: Step, place: Callable[[str], str]) -> Step:
+    """Every place that a step names changed by `place`; `base` among what is measured is none."""
     changes: dict[str, Any] = {}
     for key in (*step.data_keys, "deltas"):
         names = getattr(step, key, None)
         if names:
-            changes[key] = [_path(name) for name in names]
+            measured = key == "deltas" and isinstance(step, MeasureStep)
+            changes[key] = [name if measured and name == "base" else place(name) for name in names]
     if isinstance(step, TuneStep) and step.weights is not None:
-        changes["weights"] = _path(step.weights)
+        changes["weights"] = place(step.weights)
     for key in step.model_keys:
         if getattr(step, key) is not None:
-            changes[key] = _path(getattr(step, key))
+            changes[key] = place(getattr(step, key))
     if step.base is not None:
-        changes["base"] = step.base.model_copy(update={"model": _path(step.base.model)})
+        changes["base"] = step.base.model_copy(update={"model": place(step.base.model)})
     return step.model_copy(update=changes)
 
 
 def _path(name: str) -> str:
+    """A local path made absolute, so that a recorded recipe replays from any folder."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
