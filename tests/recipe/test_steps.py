@@ -11,6 +11,7 @@ def recipe(*steps, **head):
     return {"base": "org/model", "steps": list(steps), **head}
 
 
+LOSS = {"method": "loss", "deltas": ["org/a"], "tasks": "t.jsonl"}
 TUNE = {"tune": {"method": "lora", "data": "rows.jsonl", "name": "skill"}}
 
 
@@ -123,6 +124,20 @@ def test_a_recorded_recipe_parses_to_itself():
             "less needs target=",
         ),
         (recipe({"tune": 3}), "tune needs a mapping of settings"),
+        (recipe(), "recipe.yaml: has no steps"),
+        (recipe({"tune": {**TUNE["tune"], "name": "../skill"}}), "is that of its folder"),
+        (recipe({"tune": {**TUNE["tune"], "name": ".work"}}), "is that of its folder"),
+        (recipe({"tune": {**TUNE["tune"], "name": "base"}}), "give the step another name"),
+        (
+            recipe({"tune": {**TUNE["tune"], "name": "first", "base": "skill"}}, TUNE),
+            "step first: base = 'skill' is made by this step or a later one",
+        ),
+        (
+            recipe({"tune": {**TUNE["tune"], "evaluate": "skill"}}),
+            "step skill: evaluate = 'skill' is made by this step or a later one",
+        ),
+        (recipe({"measure": {**LOSS, "compare": "bse"}}), "compare = 'bse' is not measured here"),
+        (recipe({"measure": {**LOSS, "deltas": ["a/x", "b/x"]}}), "deltas have the same last name"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(content, sentence):

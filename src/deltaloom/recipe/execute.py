@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaloom.core.atomic import write_json, write_text
 from deltaloom.core.base import Base
-from deltaloom.core.errors import InputError, suggest
+from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate, compare, holm
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer
@@ -28,6 +28,7 @@ from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.core.spec import canonical
 from deltaloom.recipe.card import write_card
 from deltaloom.recipe.inputs import Inputs
+from deltaloom.recipe.references import labels
 from deltaloom.recipe.steps import (
     MeasureStep,
     MergeStep,
@@ -252,23 +253,15 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     step, base = planned.step, inputs.base
     assert isinstance(step, MeasureStep)
     assert isinstance(planned.method, Measurer)
-    names = step.deltas or ["base" if base is not None else str(planned.method.subject)]
-    labels = {Path(name).name if "/" in name else name: name for name in names}
-    if len(labels) != len(names):
-        raise InputError(f"{step.name}: two of deltas have the same last name: {', '.join(names)}")
+    measured = labels(step.deltas, "base" if base is not None else str(planned.method.subject))
     # A measure that brings its own questions is its own task; two in a recipe go by their names.
     own = step.method if step.name == f"measure-{step.method}" else step.name
     given = inputs.data["tasks"] or [Examples([], own)]
     tasks = [Path(data.name).stem for data in given]
     if len(set(tasks)) != len(tasks):
         raise InputError(f"{step.name}: two of tasks have the same file name: {', '.join(tasks)}")
-    if step.compare is not None and step.compare not in labels:
-        raise InputError(
-            f"{step.name}: compare = {step.compare!r} is not measured here"
-            f"{suggest(step.compare, labels)}"
-        )
     found: dict[tuple[str, str], Estimate] = {}
-    for label, name in labels.items():
+    for label, name in measured.items():
         origin = None
         if base is not None:
             origin = Origin(base, None if name == "base" else inputs.folder(name))

@@ -21,6 +21,7 @@ from deltaloom.core.method import Measurer, Method
 from deltaloom.core.places import moved
 from deltaloom.core.registry import VERBS, get, methods
 from deltaloom.core.spec import Spec, explain, field_help
+from deltaloom.recipe.references import check_measured, check_name, labels, refuse_later
 
 
 def _as_list(value: Any) -> Any:
@@ -261,7 +262,11 @@ def parse_step(
     def place(name: str) -> str:
         return name if name in earlier else _path(name)
 
-    return Planned(_placed(step, place), moved(method, place))
+    step = _placed(step, place)
+    if isinstance(step, MeasureStep):
+        subject = "base" if step.base is not None else str(_subject(method))
+        check_measured(step, labels(step.deltas, subject), where)
+    return Planned(step, moved(method, place))
 
 
 def _subject(method: Method) -> str | None:
@@ -286,13 +291,19 @@ def parse_recipe(content: Any, where: str, overrides: dict[str, Any] | None = No
     steps = [_named(raw, number, where) for number, raw in enumerate(content["steps"], 1)]
     content = {key: content[key] for key in ("base", "seed") if key in content}
     _override(content, steps, overrides or {})
+    if not steps:
+        raise InputError(f"{where}: has no steps")
+    later = {values["name"] for _, values in steps}
     names: set[str] = set()
     planned = []
     for verb, values in steps:
         here = f"{where}: step {values['name']}"
+        check_name(values["name"], here)
         if values["name"] in names:
             raise InputError(f"{here}: two steps have this name; set name: on one")
-        planned.append(parse_step(verb, {**content, **values}, here, names))
+        one = parse_step(verb, {**content, **values}, here, names)
+        refuse_later(one.step, one.method, later - names, here)
+        planned.append(one)
         names.add(values["name"])
     return Recipe(tuple(planned))
 
