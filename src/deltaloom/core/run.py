@@ -153,6 +153,12 @@ class Run:
             raise InputError(f"{path}: {absent[0]!r} is missing; remove the folder and run again")
         return record
 
+    @classmethod
+    def refuse_other(cls, folder: Path, recipe: dict[str, Any]) -> None:
+        """Raise InputError when `folder` holds the run of another recipe; changes nothing."""
+        if (folder / "run.json").exists():
+            _refuse_other(folder, "recipe", cls.read(folder)["recipe"], recipe)
+
     @property
     def done(self) -> bool:
         """Whether the work is finished and its outputs are in place."""
@@ -294,16 +300,19 @@ def _matching_record(
     if editable and canonical(record["recipe"]) != canonical(recipe):
         record.update(ours, status="running")
     for part, mine in ours.items():
-        theirs = record[part]
-        if canonical(theirs) != canonical(mine):
-            where = first_difference(theirs, mine, part)
-            raise InputError(
-                f"{folder} holds another run (different {where}); "
-                "choose another out= or remove that folder"
-            )
+        _refuse_other(folder, part, record[part], mine)
     record["status"] = record["status"] if record["status"] == "done" else "running"
     record.pop("error", None)
     return record
+
+
+def _refuse_other(folder: Path, part: str, theirs: Any, mine: Any) -> None:
+    if canonical(theirs) != canonical(mine):
+        where = first_difference(theirs, mine, part)
+        raise InputError(
+            f"{folder} holds another run (different {where}); "
+            "choose another out= or remove that folder"
+        )
 
 
 def _new_record(recipe: dict[str, Any], inputs: dict[str, str], seed: int) -> dict[str, Any]:

@@ -99,6 +99,10 @@ def with_choice(planned: Planned, earlier: Mapping[str, Path]) -> Planned:
 
 def run_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Do every step in its own folder inside `folder`, skipping those that are done."""
+    for planned in recipe.steps:
+        # Else the recipe's record would be another's before a step refuses to be.
+        if getattr(planned.step, "settings_from", None) is None:
+            Run.refuse_other(folder / planned.step.name, {"steps": [planned.record()]})
     with Run.open(folder, recipe.record(), {}, editable=True) as run:
         earlier: dict[str, Path] = {}
         results: dict[str, Any] = {"steps": {}, "estimates": {}, "comparisons": {}}
