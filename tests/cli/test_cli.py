@@ -10,6 +10,8 @@ import time
 import pytest
 import tiny
 
+from deltaloom.cli.arguments import parse_value
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -82,6 +84,8 @@ def test_ls_and_show_speak_json():
         (["tune", "lora", "data=x", "data=y"], "data: given twice"),
         (["select", "random", "pool=absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["select", "random", "poool=a.jsonl"], "unknown key 'poool'; did you mean 'pool'?"),
+        (["select", "random", "pool=a.jsonl", "seed=-1"], "seed = -1: Input should be greater"),
+        (["quickstart", "seed=-1"], "seed = -1: must be a whole number from 0"),
         (["run", "absent.yaml"], "absent.yaml: no such file"),
         (["show", "lesss"], "no method 'lesss'; did you mean 'less'?"),
         (["show", "tune.loar"], "no method 'tune.loar'; did you mean 'tune.lora'?"),
@@ -97,6 +101,23 @@ def test_bad_input_is_one_sentence_and_exit_code_two(words, sentence, tmp_path):
     assert sentence in out.stderr
     assert "Traceback" not in out.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (" [IND]", " [IND]"),
+        (" IND", " IND"),
+        ("my rows #2.jsonl", "my rows #2.jsonl"),
+        ("#2", "#2"),
+        ("'a #2'", "a #2"),
+        ("[a b, c]", ["a b", "c"]),
+        ("3", 3),
+        ("", None),
+    ],
+)
+def test_a_text_in_the_shell_is_taken_to_the_letter(word, value):
+    assert parse_value(word) == value
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, "1"), ("2", "2")])

@@ -46,11 +46,12 @@ class Sample(Spec):
         ({"lr": "fast"}, "here: lr = 'fast': must be a number"),
         ({"lr": [1]}, "here: lr = [1]: must be a number"),
         ({"lr": 0}, "here: lr = 0: Input should be greater than 0"),
-        ({"lr": float("nan")}, "here: lr = nan: Input should be greater than 0"),
+        ({"lr": float("nan")}, "here: lr = nan: must be a finite number"),
+        ({"lr": "inf"}, "here: lr = 'inf': must be a finite number"),
         ({"count": 1.5}, "here: count = 1.5: must be a whole number"),
         ({"count": "x"}, "here: count = 'x': must be a whole number"),
         ({"count": {}}, "here: count = {}: must be a whole number"),
-        ({"names": "a"}, "here: names = 'a': must be a list"),
+        ({"names": "a"}, "here: names = 'a': must be a list, such as [a]"),
         ({"names": ["a", 2]}, "here: names.1 = 2: must be a text"),
         ({"kind": "max"}, "here: kind = 'max': Input should be 'sum' or 'mean'"),
         ({"flag": "maybe"}, "here: flag = 'maybe': must be true or false"),
@@ -121,6 +122,10 @@ def test_the_first_difference_is_named_by_its_path():
     a = {"x": {"y": [1, 2]}, "z": 1}
     assert first_difference(a, {"x": {"y": [1, 3]}, "z": 2}, "r") == "r.x.y[1]: 2 there, 3 here"
     assert first_difference(a, {"x": a["x"]}, "r") == "r.z: 1 there, None here"
+    steps = [{"tune": {"lr": 1, "r": 8}}, {"merge": {"t": 0}}]
+    other = [{"tune": {"lr": 2, "r": 8}}, {"merge": {"t": 1}}]
+    assert first_difference(steps, other, "steps") == "steps.0.tune.lr: 1 there, 2 here"
+    assert first_difference(steps, steps[:1], "steps").startswith("steps: [{'tune'")
 
 
 def test_suggestions_are_close_or_everything():

@@ -105,7 +105,11 @@ def test_a_recorded_recipe_parses_to_itself():
             "'method' is missing; known: clear, composite",
         ),
         (recipe({"tune": {"method": "lroa"}}), "no tune method 'lroa'; did you mean 'lora'?"),
+        (recipe({"tune": {"method": "ties"}}), "no tune method 'ties'; did you mean `merge ties`?"),
         (recipe({"tune": {"method": "lora"}}), "'data' is missing: Files, folders"),
+        (recipe({"tune": {**TUNE["tune"], "data": []}}), "data = []: must have 1 or more"),
+        (recipe({"tune": {**TUNE["tune"], "seed": -1}}), "seed = -1: Input should be greater than"),
+        (recipe({"tune": {**TUNE["tune"], "epochs": "inf"}}), "epochs = 'inf': must be a finite"),
         (
             recipe({"tune": {**TUNE["tune"], "learning": 1}}),
             "unknown key 'learning'",

@@ -29,12 +29,19 @@ def parse_pairs(words: list[str] | None) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as YAML reads it; what YAML cannot read, or reads as a date, is plain text."""
+    """A value as YAML reads it; what YAML cannot read, or reads as a date, is plain text.
+
+    A text is kept to the letter: a word of the shell has no comments (`rows #2.jsonl`), and a space
+    before it was meant (`indicator=' [IND]'`).
+    """
+    if text[:1].isspace() or text.startswith("#"):
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    return value if isinstance(value, PLAIN) else text
+    unquoted = isinstance(value, str) and text[0] not in "\"'|>&!"
+    return value if isinstance(value, PLAIN) and not unquoted else text
 
 
 def nest(pairs: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,10 @@ app = typer.Typer(
 )
 
 Pairs = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Inputs and settings.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Inputs and settings; `deltaloom show METHOD` lists these."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A name from `deltaloom ls`.")]
@@ -123,8 +126,8 @@ def quickstart(settings: Pairs = None, json: Json = False) -> None:
     pairs = parse_pairs(settings)
     out = Path(str(pairs.pop("out", "deltaloom-quickstart")))
     seed = pairs.pop("seed", 0)
-    if not isinstance(seed, int):
-        raise InputError(f"seed = {seed!r}: must be a whole number")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed = {seed!r}: must be a whole number from 0 to {2**32 - 1}")
     record = start(out, seed, pairs)
     emit(out, record, json)
     print(f"report: {out / 'report.html'}", file=sys.stderr)

@@ -92,7 +92,14 @@ def get(verb: str, name: str) -> Entry:
     known = methods(verb)
     found = [entry for entry in known if entry.name == name]
     if not found:
-        raise InputError(f"no {verb} method {name!r}{suggest(name, {e.name for e in known})}")
+        elsewhere = [other for other in VERBS if any(e.name == name for e in methods(other))]
+        if elsewhere:
+            hint = f"; did you mean `{elsewhere[0]} {name}`?"
+        else:
+            hint = suggest(name, {entry.name for entry in known})
+        if hint.endswith("?"):
+            hint += f" `deltaloom ls {verb}` lists them all"
+        raise InputError(f"no {verb} method {name!r}{hint}")
     if len(found) > 1:
         homes = " and ".join(entry.module for entry in found)
         raise InputError(f"{homes} both bring a {verb} method {name!r}; remove one of them")

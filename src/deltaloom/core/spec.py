@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WANTED = {
     "float_parsing": "a number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -40,7 +41,10 @@ class Spec(BaseModel):
 
     # Pydantic's own `use_attribute_docstrings` reads every class's source when it is defined: a
     # tenth of the start of a command, for texts that few commands show.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # What is not finite has no place in a record, which is JSON.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Self:
@@ -77,6 +81,10 @@ def sentence(error: ValidationError, where: str, cls: type[BaseModel]) -> str:
         return f"{where}: {key!r} is missing{field_help(owner, last)}"
     wanted = WANTED.get(first["type"])
     reason = f"must be {wanted}" if wanted else first["msg"].removeprefix("Value error, ")
+    if first["type"] == "list_type" and isinstance(first["input"], str):
+        reason += f", such as [{first['input']}]"
+    if first["type"] == "too_short":
+        reason = f"must have {first['ctx']['min_length']} or more"
     # A rule about several fields has no key of its own and says itself which they are.
     return f"{where}: {key} = {first['input']!r}: {reason}" if key else f"{where}: {reason}"
 
@@ -165,5 +173,5 @@ def first_difference(a: Any, b: Any, path: str) -> str:
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (one, other) in enumerate(zip(a, b, strict=True)):
             if canonical(one) != canonical(other):
-                return first_difference(one, other, f"{path}[{i}]")
+                return first_difference(one, other, f"{path}.{i}")
     return f"{path}: {a!r} there, {b!r} here"

@@ -50,8 +50,9 @@ class Step(Spec):
     base: BaseField | None = None
     """Model to work on: hub id, folder, an earlier step, or a mapping with model, revision,
     dtype, device, trust_remote_code. The recipe's own `base` when left out."""
-    seed: int = 0
-    """Seed of every random choice. The recipe's own `seed` when left out."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of every random choice, of 32 bits as NumPy takes them. The recipe's own `seed` when
+    left out."""
 
 
 class SharedStep(Step):
