@@ -54,6 +54,12 @@ def test_a_folder_that_is_not_there_is_named(name):
         Base(model=name).check()
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(copy, device):
+    with pytest.raises(InputError, match=rf"base.device = {device}: cannot be used here \(.+\)"):
+        Base(model=str(copy), device=device).load()
+
+
 def test_an_unknown_hub_id_is_named():
     with pytest.raises(InputError, match=r"^nobody/nothing: neither a local folder nor"):
         Base(model="nobody/nothing").check()

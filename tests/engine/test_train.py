@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from deltaloom.core.base import Base
 from deltaloom.core.encoding import encode
@@ -172,6 +173,15 @@ def test_nan_loss_stops_with_step_and_last_checkpoint(base, tmp_path):
     settings = TrainSettings(**{**vars(SETTINGS), "lr": 1e30, "clip": 0.0, "save_steps": 1})
     with pytest.raises(WorkError, match=r"the loss is nan at step \d; the last good checkpoint is"):
         do(base, rows, tiny.run_in(tmp_path / "run"), settings)
+
+
+def test_a_base_that_holds_a_nan_is_not_blamed_on_the_rate(base, tmp_path):
+    path = tmp_path / "base" / "model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(WorkError, match=r"at step 1; no checkpoint .* nothing was changed yet"):
+        do(base, rows_of(base, tmp_path), tiny.run_in(tmp_path / "run"))
 
 
 def test_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):

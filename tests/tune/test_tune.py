@@ -1,5 +1,7 @@
 """The tuners' products against the libraries that people load them with."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -25,6 +27,15 @@ IDS = torch.tensor([[1, 5, 6, 8, 17, 14, 2]])
 def tuned(home, method, out, base="base", **settings):
     values = {"lr": 1e-2, "epochs": 1, "batch_size": 8, **settings}
     return deltaloom.tune(method, base=home / base, data=home / "rows.jsonl", out=out, **values)
+
+
+def test_a_base_that_does_not_load_is_not_said_to_lack_modules(tmp_path):
+    folder = tiny.base_in(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "fancylm"}))
+    with pytest.raises(InputError, match=r"base: the model does not load \(.*fancylm") as caught:
+        Lora().attach(Base(model=str(folder)), 0)
+    assert "modules" not in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [{}, {"rslora": True, "r": 3}, {"modules": ["q_proj"]}])

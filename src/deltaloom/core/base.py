@@ -265,12 +265,22 @@ class Base(Spec):
         }
 
     def resolved_device(self) -> str:
-        """The device name, with auto decided."""
-        if self.device != "auto":
+        """The device name, with auto decided; raises InputError for one that is not there."""
+        if self.device == "balanced":
             return self.device
         import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(
+                f"base.device = {self.device}: cannot be used here ({first}); "
+                "leave it out to take what there is"
+            ) from None
+        return self.device
 
 
 def _named(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Whole:
             step = self.state.global_step + 1
             raise WorkError(
                 f"the loss is {loss.item()} at step {step}; {self._fallback()}; "
-                f"try a smaller lr (it is {self.args.learning_rate:g}) or float32"
+                f"{self._remedy(step)}"
             )
         return loss
 
@@ -50,6 +50,14 @@ class Whole:
                 f"checkpoint {goal} could not be written ({error}); {self._fallback()}"
             ) from error
         self.last_whole = goal
+
+    def _remedy(self, step: int) -> str:
+        if step == 1:  # no rate can be to blame
+            return (
+                "nothing was changed yet, so the base's weights are no numbers or overflow; "
+                "try base.dtype=float32, or download the base again"
+            )
+        return f"try a smaller lr (it is {self.args.learning_rate:g}) or float32"
 
     def _fallback(self) -> str:
         if self.last_whole is None:

@@ -159,8 +159,9 @@ class Clear(GradientTuner):
         else:
             self._check_prefix(base)
             config = PrefixTuningConfig(task_type=task, num_virtual_tokens=size)
+        loaded = base.load(new_head=True)
         try:
-            model = get_peft_model(base.load(new_head=True), config)
+            model = get_peft_model(loaded, config)
         except ValueError as error:
             raise InputError(
                 f"tune clear: modules = {self.modules}: {base.model} has no such modules, or none "

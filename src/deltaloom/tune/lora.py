@@ -119,8 +119,9 @@ class Lora(GradientTuner):
         if self.start is not None:
             model = adapted(base, self.start)
         else:
+            loaded = base.load(new_head=True)
             try:
-                model = get_peft_model(base.load(new_head=True), config)
+                model = get_peft_model(loaded, config)
             except ValueError as error:
                 raise InputError(
                     f"tune lora: modules = {self.modules}: {base.model} has no such modules "
