@@ -4,12 +4,14 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deltaloom.core.errors import InputError, WorkError
-from deltaloom.core.run import Workers
+from deltaloom.core.features import Features
+from deltaloom.core.run import Run, Workers
 from deltaloom.engine import shards
-from deltaloom.engine.shards import Job, run_drawn, run_shards
+from deltaloom.engine.shards import Job, fill, run_drawn, run_shards
 
 CREWS = [Workers(), Workers(1), Workers(3)]
 
@@ -45,6 +47,32 @@ def run(job, items, crew):
     found = {}
     run_shards(job, items, crew, lambda item, value: found.setdefault(item, value))
     return found
+
+
+class Priced(Job):
+    """Fills shards of a store, each for ten tokens, and is killed at one of them."""
+
+    def __init__(self, store, killed=None):
+        self.store, self.killed = store, killed
+
+    def open(self):
+        return self.do
+
+    def do(self, number):
+        if number == self.killed:
+            raise KeyboardInterrupt
+        self.store.write_shard(number, np.ones((2, 1), np.float32))
+        return {"forward_tokens": 10.0}
+
+
+def test_what_finished_shards_cost_is_known_after_a_kill(tmp_path):
+    ids = [str(i) for i in range(6)]
+    store = Features.create(tmp_path / "s", ids, 1, about={"what": "gradients"}, shard_rows=2)
+    run = Run.open(tmp_path / "run", {"steps": []}, {})
+    with pytest.raises(KeyboardInterrupt):
+        fill(store, Priced(store, killed=2), run)
+    # As the disk has it: a process that is killed writes no more.
+    assert Run.read(run.home)["cost"]["forward_tokens"] == 20
 
 
 @pytest.mark.parametrize("crew", CREWS, ids=["here", "one", "three"])

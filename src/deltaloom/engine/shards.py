@@ -78,14 +78,16 @@ def run_drawn(
 def fill(store: Features, job: Job, run: Run, workers: Workers | None = None) -> Features:
     """Do the missing shards of a store; the job gives back what each one cost. Returns the store.
 
-    `workers` are `run`'s if no others are named. Costs go to the run's ledger; the progress is
-    named by the store's `about["what"]`.
+    `workers` are `run`'s if no others are named. Costs go to the run's ledger, and with each shard
+    to the disk, as a shard that is there is not paid for again; the progress is named by the
+    store's `about["what"]`.
     """
     total, missing = len(store.shards()), store.missing()
     with progress(store.header["about"]["what"], total, total - len(missing)) as advance:
 
         def done(_: Any, cost: dict[str, float]) -> None:
             run.spend(**cost)
+            run.save()
             advance(1)
 
         run_shards(job, missing, workers or run.workers, done)
