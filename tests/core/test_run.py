@@ -125,7 +125,7 @@ def test_how_it_ended_is_recorded_and_the_run_goes_on(tmp_path, error, status):
     [
         (
             {"recipe": {"steps": [{"tune": {"method": "lora", "lr": 0.2}}]}},
-            r"recipe\.steps\[0\]\.tune\.lr: 0\.1 there, 0\.2 here\)",
+            r"recipe\.steps\.0\.tune\.lr: 0\.1 there, 0\.2 here\)",
         ),
         ({"recipe": {**RECIPE, "base": "b"}}, "recipe.base: None there, 'b' here"),
         ({"inputs": {**INPUTS, "base": "cccc"}}, "inputs.base: 'aaaa' there, 'cccc' here"),

@@ -120,7 +120,7 @@ def test_equal_values_have_one_canonical_text():
 
 def test_the_first_difference_is_named_by_its_path():
     a = {"x": {"y": [1, 2]}, "z": 1}
-    assert first_difference(a, {"x": {"y": [1, 3]}, "z": 2}, "r") == "r.x.y[1]: 2 there, 3 here"
+    assert first_difference(a, {"x": {"y": [1, 3]}, "z": 2}, "r") == "r.x.y.1: 2 there, 3 here"
     assert first_difference(a, {"x": a["x"]}, "r") == "r.z: 1 there, None here"
     steps = [{"tune": {"lr": 1, "r": 8}}, {"merge": {"t": 0}}]
     other = [{"tune": {"lr": 2, "r": 8}}, {"merge": {"t": 1}}]
