@@ -177,13 +177,16 @@ def test_changed_data_is_refused(home, tmp_path):
         deltaloom.select("random", pool=pool, count=3, out=tmp_path / "out")
 
 
-def test_changed_rows_to_evaluate_on_are_refused(home, tmp_path):
-    held = tiny.rows_in(tmp_path / "held.jsonl", 4)
-    tune = {"base": home / "base", "data": home / "dev.jsonl", "evaluate": held, "epochs": 1}
-    deltaloom.tune("lora", **tune, out=tmp_path / "out")
-    tiny.rows_in(tmp_path / "held.jsonl", 5)
+def test_what_a_tuning_is_evaluated_on_is_an_input(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dev = tiny.rows_in(tmp_path / "dev.jsonl", 4)
+    values = {"base": str(home / "base"), "data": str(home / "pool.jsonl"), "epochs": 0.1}
+    step = parse_step("tune", {"method": "lora", **values, "evaluate": "dev.jsonl"}, "t")
+    record = execute.run_step(step, tmp_path / "out")
+    assert record["recipe"]["steps"][0]["tune"]["evaluate"]["data"] == [str(dev)]
+    tiny.rows_in(dev, 5)
     with pytest.raises(InputError, match=r"different inputs\.evaluate"):
-        deltaloom.tune("lora", **tune, out=tmp_path / "out")
+        execute.run_step(step, tmp_path / "out")
 
 
 def test_bad_input_leaves_nothing_behind(home, tmp_path):

@@ -69,6 +69,26 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
     assert parse_step("tune", values, "t").method.scorer == "org/other"
 
 
+def test_a_folder_here_does_not_hide_the_step_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("chosen", "skill", "rows.jsonl"):
+        (tmp_path / name).mkdir()
+    tune = {"method": "lora", "data": ["chosen", "rows.jsonl"], "evaluate": "chosen"}
+    steps = [
+        {"select": {"method": "random", "pool": "chosen", "name": "chosen"}},
+        {"tune": {**tune, "name": "skill"}},
+        {"tune": {"method": "prompt", "data": "rows.jsonl", "start": "skill", "name": "again"}},
+        {"merge": {"method": "ties", "deltas": ["skill", "again"], "name": "both"}},
+        {"select": {"method": "delift", "pool": "rows.jsonl", "given": "chosen"}},
+    ]
+    first, skill, again, both, more = parse_recipe({"base": "org/b", "steps": steps}, "r").steps
+    assert first.step.pool == [str(tmp_path / "chosen")]  # no step before it has the name
+    assert skill.step.data == ["chosen", str(tmp_path / "rows.jsonl")]
+    assert skill.step.evaluate.data == ["chosen"]
+    assert (again.method.start, both.step.deltas) == ("skill", ["skill", "again"])
+    assert more.method.given == "chosen"
+
+
 def test_a_setting_names_an_earlier_step(tmp_path):
     base = tiny.base_in(tmp_path / "base")
     data = tiny.rows_in(tmp_path / "rows.jsonl", 8)

@@ -295,10 +295,6 @@ def test_a_broken_model_names_the_row(setting, tmp_path, monkeypatch):
         )
 
 
-def test_settings(tmp_path, monkeypatch):
+def test_settings():
     with pytest.raises(InputError, match="scaling=minmax needs neighbours=null"):
         Delift.parse({"scaling": "minmax"}, "select delift")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "known.jsonl").write_text("{}\n")
-    assert Delift(given="known.jsonl").given == str(tmp_path / "known.jsonl")
-    assert Delift(given="org/name:train").given == "org/name:train"

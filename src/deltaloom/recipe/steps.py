@@ -205,6 +205,8 @@ class Planned:
         if self.step.base is not None:
             model = folder_of(self.step.base.model)
             changes["base"] = self.step.base.model_copy(update={"model": model})
+        if isinstance(self.step, TuneStep | SearchStep) and self.step.evaluate is not None:
+            changes["evaluate"] = _on(self.step.evaluate, folder_of)
         step = _placed(self.step.model_copy(update=changes), _path)
         return Planned(step, moved(self.method, folder_of))
 
@@ -374,9 +376,15 @@ def _placed(step: Step, place: Callable[[str], str]) -> Step:
     for key in step.model_keys:
         if getattr(step, key) is not None:
             changes[key] = place(getattr(step, key))
+    if isinstance(step, TuneStep | SearchStep) and step.evaluate is not None:
+        changes["evaluate"] = _on(step.evaluate, place)
     if step.base is not None:
         changes["base"] = step.base.model_copy(update={"model": place(step.base.model)})
     return step.model_copy(update=changes)
+
+
+def _on(evaluate: EvaluateSpec, place: Callable[[str], str]) -> EvaluateSpec:
+    return evaluate.model_copy(update={"data": [place(name) for name in evaluate.data]})
 
 
 def _path(name: str) -> str:

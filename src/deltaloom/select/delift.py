@@ -27,13 +27,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Selection, Sizes, Work
 from deltaloom.core.places import PLACE
 from deltaloom.select._budget import BudgetSelector
-from deltaloom.select._inputs import absolute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,11 +68,6 @@ class Delift(BudgetSelector):
     max_length: Annotated[int | None, Field(ge=2)] = None
     """Tokens of example and row together, at most; null is the base's context. Longer pairs count
     as no gain."""
-
-    @field_validator("given")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        return value and absolute(value)
 
     @model_validator(mode="after")
     def _whole_for_minmax(self) -> Delift:

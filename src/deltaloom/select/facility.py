@@ -80,11 +80,6 @@ class Facility(BudgetSelector):
     eps: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Of stochastic greedy: smaller looks at more rows (Mirzasoleiman et al. 2015: 0.1)."""
 
-    @field_validator("given")
-    @classmethod
-    def _absolute_given(cls, value: str | None) -> str | None:
-        return value and absolute(value)
-
     @field_validator("features")
     @classmethod
     def _absolute_features(cls, value: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from deltaloom.core.atomic import write_text
 from deltaloom.core.base import BaseField
@@ -32,7 +32,6 @@ from deltaloom.core.progress import say
 from deltaloom.core.registry import get
 from deltaloom.core.source_weights import SourceWeights, epoch
 from deltaloom.core.spec import canonical
-from deltaloom.select._inputs import absolute
 from deltaloom.select._mixing import MixtureSelector, amounts_of
 from deltaloom.tune.lora import Lora
 
@@ -77,11 +76,6 @@ class Regress(MixtureSelector):
     size: Annotated[int | None, Field(ge=1)] = None
     """Rows, or tokens, of the epoch, which the optimum is for: with `repeats` it says how large a
     share a source can have. None takes a quarter of the pool (ours)."""
-
-    @field_validator("trials")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        return value and absolute(value)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Regress:

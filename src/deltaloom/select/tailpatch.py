@@ -35,7 +35,6 @@ from deltaloom.core.method import Measurer, Selection, Sizes, Work
 from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
-from deltaloom.select._inputs import absolute
 from deltaloom.select._mixing import MixtureSelector, amounts_of
 from deltaloom.select.proportional import rates
 from deltaloom.tune.lora import Lora
@@ -101,11 +100,6 @@ class Tailpatch(MixtureSelector):
     @classmethod
     def _onto_ours(cls, value: Any) -> Any:
         return {**OURS, **value} if isinstance(value, dict) else value
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        return value and absolute(value)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Tailpatch:
