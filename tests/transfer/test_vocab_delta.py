@@ -140,6 +140,15 @@ def test_measuring_it_uses_its_own_tokenizer(home, tmp_path):
     assert values[0] == values[1]
 
 
+@pytest.mark.parametrize("per", ["token", "example"])
+def test_losses_over_unlike_tokens_are_not_compared(home, tmp_path, per):
+    names, text = ["base", str(home / "moved-old")], home / "text.jsonl"
+    given = {"base": home / "old", "deltas": names, "tasks": text, "per": per, "compare": "base"}
+    with pytest.raises(InputError, match="moved-old has another tokenizer than base, and losses"):
+        deltaloom.measure("loss", out=tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+
+
 def test_shards_types_and_odd_tensors_survive(home, tmp_path):
     """A sharded bfloat16 base whose tied pair is stored under the head's name."""
     tensors = {

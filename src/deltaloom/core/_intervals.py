@@ -127,8 +127,10 @@ def common(
         for part in given[1:]:
             odd = next((key for key in ids if part[key] != given[0][key]), None)
             if odd is not None:
+                why = "; losses under two tokenizers do not compare" if name == "weights" else ""
                 raise InputError(
                     f"{first.metric}: {name} of {odd!r} differ: {given[0][odd]!r}, {part[odd]!r}"
+                    f"{why}"
                 )
         agreed[name] = {key: given[0][key] for key in ids} if given else None
     if agreed["weights"] is not None and not any(agreed["weights"].values()):

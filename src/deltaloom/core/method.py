@@ -232,6 +232,9 @@ class Measurer(Method):
     """Measures a base, with or without a delta, on examples."""
 
     verb = "measure"
+    by_token: ClassVar[bool] = False
+    """Whether values are by token of the model's own tokenizer, so that models whose tokenizers cut
+    rows otherwise do not compare."""
 
     @property
     def subject(self) -> str | None:

@@ -43,6 +43,8 @@ from deltaloom.measure._items import (
 class Loss(Measurer):
     """Mean cross-entropy of the response tokens."""
 
+    by_token = True
+
     per: Literal["token", "example"] = "token"
     """What counts once: each token (long responses weigh more) or each example. Token is the
     convention of perplexity."""

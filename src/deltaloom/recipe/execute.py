@@ -20,7 +20,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate, compare, holm
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Evaluation, Measurer
-from deltaloom.core.origin import Origin
+from deltaloom.core.origin import Origin, refuse_other_tokens
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
 from deltaloom.core.run import COUNTERS, Run, Workers
@@ -264,11 +264,14 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     tasks = [Path(data.name).stem for data in given]
     if len(set(tasks)) != len(tasks):
         raise InputError(f"{step.name}: two of tasks have the same file name: {', '.join(tasks)}")
+    origins = {
+        label: base and Origin(base, None if name == "base" else inputs.folder(name))
+        for label, name in measured.items()
+    }
+    if planned.method.by_token and step.compare is not None:
+        refuse_other_tokens(origins, step.compare, given[0], step.name)
     found: dict[tuple[str, str], Estimate] = {}
-    for label, name in measured.items():
-        origin = None
-        if base is not None:
-            origin = Origin(base, None if name == "base" else inputs.folder(name))
+    for label, origin in origins.items():
         loaded = _Once(origin.load if origin is not None else lambda: (None, None))
         for task, data in zip(tasks, given, strict=True):
             part = run.part(f"{label}--{task}")
