@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from deltaloom.report.page import write_report
 from deltaloom.search import _study
 from deltaloom.search._front import pareto
 from deltaloom.search._mixtures import KINDS, configuration
+from deltaloom.search._storage import JOURNAL
 from deltaloom.search.autopeft import Autopeft
 
 torch.set_num_threads(1)
@@ -130,6 +132,22 @@ def test_interrupted_it_ends_in_the_same_bytes(given, tmp_path, monkeypatch):
     searched(given, tmp_path / "out", trials=3)
     assert count == 4
     assert testing.product(tmp_path / "whole") == testing.product(tmp_path / "out")
+
+
+def test_sparse_axes_propose_and_their_absence_is_told(given, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "botorch", None)
+        missing = pytest.raises(
+            InputError, match=r'needs BoTorch: pip install "deltaloom\[botorch\]"'
+        )
+        with missing:
+            searched(given, tmp_path / "missing", trials=5, surrogate="saas")
+        assert not (tmp_path / "missing" / JOURNAL).exists()
+    pytest.importorskip("botorch")
+    searched(given, tmp_path / "out", trials=5, surrogate="saas")
+    trials = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").open()]
+    assert len({json.dumps(trial["settings"]) for trial in trials}) == 5
+    assert load(tmp_path / "out", Base(model=given["base"])).kind == "composite"
 
 
 def test_few_rows_are_refused(given, tmp_path):

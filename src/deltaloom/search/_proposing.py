@@ -1,14 +1,15 @@
-"""What to try next: settings that fill the space evenly, then those a Gaussian process asks for.
+"""What to try next: settings that fill the space evenly, then those that a surrogate asks for.
 
 A proposal depends on the trials that are `ahead` or more before it, done, and on the settings of
 those in between, whether they are done or not. So it is the same for any number of workers,
 whichever of them is first, and a resumed search proposes what an undisturbed one does.
 
 The first trials spread evenly over the space, later ones are proposed by Optuna's Gaussian-process
-sampler, a new one for each trial with a seed of its own. Where `meaning` tells what settings amount
-to, nothing is tried twice, and nothing that is not worth a trial. The sampler knows no such limits
-and proposes the same again once it is sure; in its place comes a trial that none beats, drawn by
-lot, with one setting changed, or more until it is new.
+sampler, or by processes with sparse axes (`_saas.py`), new ones for each trial with a seed of its
+own. Where `meaning` tells what settings amount to, nothing is tried twice, and nothing that is not
+worth a trial. Optuna's sampler knows no such limits and proposes the same again once it is sure; in
+its place comes a trial that none beats, drawn by lot, with one setting changed, or more until it is
+new.
 
 A failed trial counts, for proposing only, as the worst one seen; values much worse than the median
 are cut to it plus twice its distance to the best, because one trial that nearly diverged would
@@ -22,12 +23,15 @@ import statistics
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from deltaloom.core.method import Trial
+from deltaloom.search import _saas
 from deltaloom.search._front import Goals, unbeaten
 from deltaloom.search._space import Dimension, first_points
 
+Surrogate = Literal["gp", "saas"]
+"""Optuna's Gaussian-process sampler, or processes with sparse axes."""
 Meaning = Callable[[dict[str, Any]], Hashable]
 """What settings amount to; None for what is not worth a trial."""
 STEPS = 1000
@@ -46,6 +50,8 @@ class Proposer:
     """Settings to try before all others."""
     ahead: int = 1
     meaning: Meaning | None = None
+    surrogate: Surrogate = "gp"
+    """What proposes the later trials."""
     known: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Settings of the trials so far."""
 
@@ -76,6 +82,10 @@ class Proposer:
             if any(one not in done for one in needed):
                 return None
             values = self._values([done[one] for one in needed])
+            if values and self.surrogate == "saas":
+                past = [self.known[one] for one in range(number)]
+                seed = self.seed + number
+                return _saas.propose(self.space, self.goals, past, values, seed, self.meaning)
             if values:
                 return self._ask(number, values)
         points = first_points(self.space, number + 1 - len(self.first), self.seed)

@@ -30,7 +30,7 @@ from deltaloom.core.progress import say
 from deltaloom.core.run import Run
 from deltaloom.engine.shards import Job, run_drawn
 from deltaloom.search._front import Goals, ranked
-from deltaloom.search._proposing import Meaning, Proposer
+from deltaloom.search._proposing import Meaning, Proposer, Surrogate
 from deltaloom.search._space import Dimension
 from deltaloom.search._storage import Mirror
 
@@ -69,6 +69,8 @@ class Study:
     """Trials that may be done at the same time once all depend on earlier ones."""
     meaning: Meaning | None = None
     """What settings amount to, where different ones may be the same."""
+    surrogate: Surrogate = "gp"
+    """What proposes the later trials; "saas" needs BoTorch and a space without real numbers."""
 
     def explore(self, *attempts: Attempt) -> tuple[Trial, ...]:
         """Do all trials that are not done yet; raises WorkError when every one failed."""
@@ -83,6 +85,7 @@ class Study:
                 self.first,
                 self.ahead,
                 self.meaning,
+                self.surrogate,
             )
             self._check_workers(proposer)
         climb = _Climb(self, proposer, records, clock, len(attempts))

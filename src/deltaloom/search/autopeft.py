@@ -14,12 +14,13 @@ seen. With `rungs` above 1 configurations are tuned on few rows first, and only 
 on to three times as many.
 
 Differs: the surrogate is Optuna's Gaussian process with expected hypervolume improvement, where the
-paper has a fully Bayesian one with sparse axes; the authors report the rows that they searched on,
-and their code proposes the start of each local search instead of its end; LoRA, sparse changes and
-successive halving are ours to add.
+paper has a fully Bayesian one with sparse axes; `surrogate: saas` is that one with the most
+probable lengths instead of samples of them (`search/_saas.py`). The authors report the rows that
+they searched on; their code proposes the start of each local search instead of its end and may
+propose what was tried. LoRA, sparse changes and successive halving are ours to add.
 
-Not covered: tuning the front again from other seeds (bench/claims/autopeft.py does it); surrogates
-with sparse axes.
+Not covered: tuning the front again from other seeds (bench/claims/autopeft.py does it); sampled
+lengths of a surrogate.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from deltaloom.core.progress import say
 from deltaloom.core.registry import get
 from deltaloom.search._front import Goals, pareto
 from deltaloom.search._mixtures import GOAL, KINDS, SIZE, Attempt, configuration, meaning, measured
+from deltaloom.search._proposing import Surrogate
+from deltaloom.search._saas import check_installed
 from deltaloom.search._space import Dimension
 from deltaloom.search._study import KEPT, Study
 from deltaloom.tune._gradient import GradientSettings
@@ -80,6 +83,9 @@ class Autopeft(GradientSettings, Searcher):
     ahead: Annotated[int, Field(ge=1)] = 1
     """Trials that may be done at the same time once each depends on earlier ones: a proposal knows
     the results of all but so many less one. Set it to the number of `workers` (AutoPEFT: 4)."""
+    surrogate: Surrogate = "gp"
+    """What proposes from results: `gp`, Optuna's Gaussian-process sampler; `saas`, processes with
+    sparse axes by BoTorch (`pip install "deltaloom[botorch]"`; AutoPEFT has sparse axes)."""
     save_steps: Annotated[int | None, Field(ge=1)] = None
     """Optimizer steps between checkpoints within a trial; None saves finished trials only."""
     storage: str | None = None
@@ -101,6 +107,8 @@ class Autopeft(GradientSettings, Searcher):
         self, base: Base, data: Examples, run: Run, *, evaluation: Evaluation | None = None
     ) -> Found:
         """Search on `base`; the product is the front's best adapter, beside the whole front."""
+        if self.surrogate == "saas":
+            check_installed()
         depth = base.config().get("num_hidden_layers")
         if not isinstance(depth, int):
             raise InputError(f"{base.model}: its config has no num_hidden_layers to switch layers")
@@ -116,6 +124,7 @@ class Autopeft(GradientSettings, Searcher):
             first=self._alone(space),
             ahead=self.ahead,
             meaning=meaning,
+            surrogate=self.surrogate,
         )
         home = run.work / "adapters"
         mixed = random.Random(run.seed).sample(range(len(kept)), len(kept))
