@@ -219,6 +219,13 @@ def test_a_broken_entry_point_is_named(outside, value, said):
         get("select", "loom_nearest").make()
 
 
+def test_a_module_with_a_method_of_another_verb_is_named(outside):
+    code = "class Mean(Merger): 'A mean.'\n"
+    outside("[deltaloom.select]\nloom_mean = loommean\n", code, name="loommean")
+    with pytest.raises(InputError, match=r"^select loom_mean: loommean is no select method"):
+        get("select", "loom_mean").load()
+
+
 def test_an_outside_method_takes_nobodys_name(outside):
     outside("[deltaloom.select]\nrandom = loomplus:Nearest\n", NEAREST)
     with pytest.raises(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from deltaloom.core.spec import Spec
 
@@ -251,6 +251,19 @@ class Measurer(Method):
         has no rows where `tasks` is optional and not given. What has parts (the tasks of a
         benchmark, say) gives a mapping of their names to Estimates, and `""` to that of the whole.
         """
+
+
+Kind = TypeVar("Kind", bound=Method)
+
+
+def of_kind(method: Method, kind: type[Kind]) -> Kind:
+    """`method`, which the registry gave for the verb of `kind` (Tuner, Measurer, ...), as one.
+
+    Raises TypeError for a method of another verb.
+    """
+    if isinstance(method, kind):
+        return method
+    raise TypeError(f"{type(method).__name__} is no {kind.verb} method")
 
 
 def of_whole(found: Estimate | dict[str, Estimate]) -> Estimate:

@@ -50,6 +50,11 @@ class Entry:
         ]
         if len(own) != 1:
             raise InputError(f"{self.module} must define one method class and defines {len(own)}")
+        if own[0].verb != self.verb:
+            raise InputError(
+                f"{self.verb} {self.name}: {self.module} is no {self.verb} method but a "
+                f"{own[0].verb} method; repair or remove the package that brings it"
+            )
         return own[0]
 
     def _outside(self) -> type[Method]:

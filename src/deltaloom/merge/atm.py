@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 from pydantic import Field, model_validator
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Merger, Method, Sizes, Tuner, Work
+from deltaloom.core.method import Merger, Method, Sizes, Tuner, Work, of_kind
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
 from deltaloom.core.run import Run
@@ -123,14 +123,10 @@ class Atm(Merger):
         return Passthrough().merge(base, [result], run)
 
     def _tuner(self) -> Tuner:
-        tuner = get("tune", self.tuner).make(self.tuning)
-        assert isinstance(tuner, Tuner)
-        return tuner
+        return of_kind(get("tune", self.tuner).make(self.tuning), Tuner)
 
     def _merger(self) -> Merger:
-        merger = get("merge", self.merger).make(self.merging)
-        assert isinstance(merger, Merger)
-        return merger
+        return of_kind(get("merge", self.merger).make(self.merging), Merger)
 
     def _tuners(self) -> list[Tuner]:
         """The tuner of each iteration, with its part of the budget."""

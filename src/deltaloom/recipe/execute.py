@@ -19,7 +19,16 @@ from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate, compare, holm
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Evaluation, Measurer
+from deltaloom.core.method import (
+    Evaluation,
+    Measurer,
+    Merger,
+    Searcher,
+    Selector,
+    Transferrer,
+    Tuner,
+    of_kind,
+)
 from deltaloom.core.origin import Origin, refuse_other_tokens
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
@@ -137,7 +146,8 @@ def _add(found: dict[str, Any], more: dict[str, Any], step: str) -> None:
 
 def _select(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     pool, target = inputs.rows("pool") or Examples([], "pool"), inputs.rows("target")
-    selection = planned.method.select(pool, run, target=target, base=inputs.base)
+    selector = of_kind(planned.method, Selector)
+    selection = selector.select(pool, run, target=target, base=inputs.base)
     columns: dict[str, dict[str, Any]] = {}
     if selection.scores is not None:
         values = dict(zip(selection.scores.ids, selection.scores.index["score"], strict=True))
@@ -167,7 +177,8 @@ def _tune(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     assert base is not None
     if inputs.weights is not None:
         data = _mixed(data, inputs.weights, base, run)
-    delta = planned.method.tune(base, data, run, evaluation=_evaluation(step, inputs))
+    tuner = of_kind(planned.method, Tuner)
+    delta = tuner.tune(base, data, run, evaluation=_evaluation(step, inputs))
     about = {
         "base": base.model,
         "fingerprint": base.fingerprint(),
@@ -199,7 +210,8 @@ def _search(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     assert isinstance(step, SearchStep)
     assert data is not None
     assert base is not None
-    found = planned.method.search(base, data, run, evaluation=_evaluation(step, inputs))
+    searcher = of_kind(planned.method, Searcher)
+    found = searcher.search(base, data, run, evaluation=_evaluation(step, inputs))
     lines = [canonical(asdict(trial)) + "\n" for trial in found.trials]
     write_text(run.folder / TRIALS, "".join(lines))
     write_json(run.folder / CHOICE, found.choice)
@@ -222,7 +234,8 @@ def _search(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
 def _evaluation(step: TuneStep | SearchStep, inputs: Inputs) -> Evaluation | None:
     if step.evaluate is None or inputs.held is None:
         return None
-    method = get("measure", step.evaluate.method).make(step.evaluate.settings)
+    made = get("measure", step.evaluate.method).make(step.evaluate.settings)
+    method = of_kind(made, Measurer)
     if inputs.base is not None and inputs.base.labels and not method.classifiers:
         raise InputError(
             f"{step.name}: evaluate.method = {step.evaluate.method} does not work on sequence "
@@ -235,7 +248,8 @@ def _merge(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     assert inputs.base is not None
     assert isinstance(planned.step, MergeStep)
     deltas = [inputs.delta(name) for name in planned.step.deltas or ()]
-    delta = planned.method.merge(inputs.base, deltas, run, data=inputs.data["data"])
+    merger = of_kind(planned.method, Merger)
+    delta = merger.merge(inputs.base, deltas, run, data=inputs.data["data"])
     about = {"base": inputs.base.model, "fingerprint": inputs.base.fingerprint()}
     write_card(run.folder, planned.record(), about)
     return {"delta": delta.kind, "about": about}
@@ -245,9 +259,8 @@ def _transfer(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     base, tokenizer = inputs.base, inputs.tokenizer
     assert base is not None
     assert tokenizer is not None
-    delta = planned.method.transfer(
-        base, tokenizer, run, donor=inputs.donor, data=inputs.rows("data")
-    )
+    method = of_kind(planned.method, Transferrer)
+    delta = method.transfer(base, tokenizer, run, donor=inputs.donor, data=inputs.rows("data"))
     about = {"base": base.model, "fingerprint": base.fingerprint()}
     write_card(run.folder, planned.record(), about)
     return {"delta": delta.kind, "about": about}
@@ -256,8 +269,8 @@ def _transfer(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
 def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
     step, base = planned.step, inputs.base
     assert isinstance(step, MeasureStep)
-    assert isinstance(planned.method, Measurer)
-    measured = labels(step.deltas, "base" if base is not None else str(planned.method.subject))
+    measurer = of_kind(planned.method, Measurer)
+    measured = labels(step.deltas, "base" if base is not None else str(measurer.subject))
     # A measure that brings its own questions is its own task; two in a recipe go by their names.
     own = step.method if step.name == f"measure-{step.method}" else step.name
     given = inputs.data["tasks"] or [Examples([], own)]
@@ -276,7 +289,8 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
         for task, data in zip(tasks, given, strict=True):
             part = run.part(f"{label}--{task}")
             part.origin = origin
-            for inner, one in _estimates(planned, loaded, data, part, f"{label} on {task}").items():
+            parts = _estimates(measurer, loaded, data, part, f"{label} on {task}")
+            for inner, one in parts.items():
                 found[label, f"{task}.{inner}" if inner else task] = one
         run.save()
     return _measured(found, step.compare)
@@ -285,17 +299,18 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
 class _Once:
     """Loads on first use, so that a finished measurement loads nothing again."""
 
-    def __init__(self, load: Callable[[], Any]) -> None:
-        self._load, self._value = load, None
+    def __init__(self, load: Callable[[], tuple[Any, Any]]) -> None:
+        self._load = load
+        self._value: tuple[Any, Any] | None = None
 
-    def __call__(self) -> Any:
+    def __call__(self) -> tuple[Any, Any]:
         if self._value is None:
             self._value = self._load()
         return self._value
 
 
 def _estimates(
-    planned: Planned, loaded: Callable[[], Any], data: Examples, part: Run, of: str
+    measurer: Measurer, loaded: _Once, data: Examples, part: Run, of: str
 ) -> dict[str, Estimate]:
     """One Estimate, of the name "", and those of its parts; each in a folder of its own."""
     path = part.folder / ESTIMATE
@@ -307,8 +322,7 @@ def _estimates(
             name: Estimate.from_json(json.loads(place.read_text(encoding="utf-8")))
             for name, place in places.items()
         }
-    assert isinstance(planned.method, Measurer)
-    measured = planned.method.measure(*loaded(), data, part)
+    measured = measurer.measure(*loaded(), data, part)
     found = measured if isinstance(measured, dict) else {"": measured}
     # The whole comes last: where it is, all are.
     for name in sorted(found, reverse=True):

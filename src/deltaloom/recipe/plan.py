@@ -15,8 +15,8 @@ from typing import Any
 from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
-from deltaloom.core.method import Merger, Sizes, Work
-from deltaloom.recipe.steps import MergeStep, Planned, Recipe, parse_recipe, read_yaml
+from deltaloom.core.method import Merger, Selector, Sizes, Work, of_kind
+from deltaloom.recipe.steps import MeasureStep, MergeStep, Planned, Recipe, parse_recipe, read_yaml
 
 SAMPLE = 200
 """Rows tokenised to estimate the mean length."""
@@ -43,10 +43,11 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     for planned in recipe.steps:
         sizes = _sizes(planned, rows_of, steps, shapes, lines)
         work = planned.method.work(sizes)
-        if planned.step.verb == "measure":
+        if isinstance(planned.step, MeasureStep):
             work = _times(work, max(len(planned.step.deltas), 1))
         if planned.step.verb == "select":
-            rows_of[planned.step.name] = (planned.method.keeps(sizes), sizes.row_tokens)
+            kept = of_kind(planned.method, Selector).keeps(sizes)
+            rows_of[planned.step.name] = (kept, sizes.row_tokens)
         flops = work.flops(sizes.matmul_parameters)
         merging = _merging(planned, steps) if isinstance(planned.step, MergeStep) else None
         if merging and merging.get("memory_bytes") is not None:
@@ -75,10 +76,9 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
 
 def _merging(planned: Planned, steps: set[str]) -> dict[str, Any]:
     """What the headers of a merge's files say, and which files are not at hand."""
-    step, method = planned.step, planned.method
+    step, method = planned.step, of_kind(planned.method, Merger)
     assert step.base is not None
     assert isinstance(step, MergeStep)
-    assert isinstance(method, Merger)
     named = [step.base, *(_named(step.base, name) for name in step.deltas or ())]
     places = [None if one.model in steps else one.at_hand() for one in named]
     absent = [
