@@ -105,6 +105,7 @@ def train(
     **how: Any,
 ) -> Any:
     """Encode, fit (given `how`) and record; returns the trained model."""
+    from deltaloom.engine.forward import padding_token
     from deltaloom.engine.train import fit
 
     tokenizer = base.tokenizer()
@@ -114,7 +115,7 @@ def train(
     fitted = fit(
         model,
         rows,
-        tokenizer.pad_token_id,
+        padding_token(tokenizer),
         settings,
         run,
         tokenizer=tokenizer,

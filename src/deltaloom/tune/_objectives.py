@@ -45,7 +45,9 @@ class Accuracy(Signwise):
     """Minus the share of rows whose right choice is the most probable; ties go to the first."""
 
     def __init__(self, model: Any, tokenizer: Any, data: Examples, max_length: int) -> None:
-        self.model, self.pad_id = model, tokenizer.pad_token_id
+        from deltaloom.engine.forward import padding_token
+
+        self.model, self.pad_id = model, padding_token(tokenizer)
         self.questions = [_choices(one, tokenizer, max_length) for one in data]
 
     def value(self, chosen: Sequence[int]) -> tuple[float, int]:
@@ -118,7 +120,7 @@ def imported(path: str) -> Reward:
     """The function that `module:function` names; raises InputError when there is none."""
     module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found: Reward = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"objective = {path}: does not import ({error}); put the module's folder on PYTHONPATH"

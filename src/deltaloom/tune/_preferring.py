@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, set_seed
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import (  # TRL names its exports in a table that type checkers do not read
+    DPOConfig,  # pyright: ignore[reportPrivateImportUsage]
+    DPOTrainer,  # pyright: ignore[reportPrivateImportUsage]
+    KTOConfig,  # pyright: ignore[reportPrivateImportUsage]
+    KTOTrainer,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.progress import say

@@ -69,12 +69,12 @@ class Reselection(Companion):
     def optimizer(self, model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
         """AdamW with ages for accumulated gradients, SM3 for the momentum approximation."""
         values = {name: layer.sparse_values[ADAPTER] for name, layer in self.layers.items()}
-        shared = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        lr, decay = settings.lr, settings.weight_decay
         if self.method.growth == "gradient":
-            self._optimizer = AgedAdamW(values.values(), **shared)
+            self._optimizer = AgedAdamW(values.values(), lr=lr, weight_decay=decay)
         else:
             places = {values[n]: (_indices_of(own), own.layout) for n, own in self.layers.items()}
-            self._optimizer = CoverSM3(values.values(), places, **shared)
+            self._optimizer = CoverSM3(values.values(), places, lr=lr, weight_decay=decay)
         return self._optimizer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -191,14 +191,17 @@ class CleanRouting(Objective):
         """Mean logits (p, V) over the passes, float32, and the labels (p,) of a batch."""
         labels = inputs.pop("labels")
         chosen: Any = ...
+        cut: Tensor | None = None
         if labels.dim() == 2:
             labelled = labels[:, 1:] != -100
             kept = labelled.any(0).nonzero()[:, 0]
             chosen, labels = labelled[:, kept], labels[:, kept + 1]
             # Counted from the end, because virtual tokens may stand in front.
             kept = kept - inputs["input_ids"].shape[1]
-            keeps = accepts_kept_logits(model)
-            inputs = {**inputs, "logits_to_keep": kept} if keeps else inputs
+            if accepts_kept_logits(model):
+                inputs = {**inputs, "logits_to_keep": kept}
+            else:
+                cut = kept
         total: Any = 0.0
         for own in gates:
             self.router.gates = own.to(labels.device) if self.how.rule == "bypass" else None
@@ -206,8 +209,8 @@ class CleanRouting(Objective):
                 labels.device.type, torch.bfloat16, enabled=self.how.precision == "bfloat16"
             ):
                 logits = model(**inputs).logits
-            if labels.dim() == 2 and not keeps:
-                logits = logits[:, kept]
+            if cut is not None:
+                logits = logits[:, cut]
             total = total + logits[chosen].float()
         return total / len(gates), labels[chosen]
 
@@ -220,7 +223,7 @@ class CleanRouting(Objective):
 
     def _places(self, numbers: Sequence[int]) -> Tensor:
         """Where the predictions of these rows stand among all m."""
-        spans = [torch.arange(self._starts[i], self._starts[i + 1]) for i in numbers]
+        spans = [torch.arange(int(self._starts[i]), int(self._starts[i + 1])) for i in numbers]
         return torch.cat(spans)
 
     def _drawn(self, chances: NDArray[np.float64], *key: int) -> Tensor:

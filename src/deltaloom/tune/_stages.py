@@ -16,6 +16,7 @@ from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.method import of_whole
 from deltaloom.core.progress import say
 from deltaloom.core.source_weights import SourceWeights, epoch
+from deltaloom.engine.forward import padding_token
 from deltaloom.engine.train import fit
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def train_stages(
         else:
             say(f"stage {stage.name}: {stage.drawn.summary()}")
             settings = lora.train_settings(stage.lr, epochs=1, trainable="adapter")
-            pad, folder = tokenizer.pad_token_id, f"stage-{number}"
+            pad, folder = padding_token(tokenizer), f"stage-{number}"
             fit(model.train(), rows, pad, settings, run, folder=folder, earlier=steps)
             _save(model, kept)
         steps += own

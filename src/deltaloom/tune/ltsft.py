@@ -97,6 +97,7 @@ class Ltsft(SparseTuner):
 
     def _support(self, base: Base, data: Examples, run: Run) -> dict[str, Tensor]:
         """The mask, as rising flat indices of each adapted module."""
+        from deltaloom.engine.forward import padding_token
         from deltaloom.tune import _supports as supports
 
         model = base.load(dtype="float32")
@@ -113,7 +114,7 @@ class Ltsft(SparseTuner):
             rows = rows_for(base, tokenizer, data, self.max_length, run)
             rows = supports.sample(rows, self.batches * self.batch_size, run.seed)
             batch = self.micro_batch or self.batch_size
-            found = supports.gradients(model, names, rows, tokenizer.pad_token_id, batch)
+            found = supports.gradients(model, names, rows, padding_token(tokenizer), batch)
             return supports.top(found, count)
         return supports.top(self._moved(model, names, base, data, run), count)
 

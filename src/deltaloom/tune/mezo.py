@@ -223,9 +223,10 @@ class Mezo(Tuner):
         rows = rows_for(base, tokenizer, data, limit, run)
         if self.objective == "exact_match":
             return others.exact_match(model, tokenizer, data, rows)
+        from deltaloom.engine.forward import padding_token
         from deltaloom.engine.response_loss import ResponseLoss
 
-        return ResponseLoss(model, rows, tokenizer.pad_token_id, self.micro_batch)
+        return ResponseLoss(model, rows, padding_token(tokenizer), self.micro_batch)
 
 
 def _with_prefix(base: Base, length: int, vocabulary: int, seed: int) -> Any:

@@ -218,10 +218,12 @@ class PromptTuning(GradientTuner):
 
         import torch
 
+        from deltaloom.engine.forward import padding_token
         from deltaloom.engine.train import fit
         from deltaloom.tune import _spot
 
         tokenizer: Any = base.tokenizer()
+        pad = padding_token(tokenizer)
         rows = rows_for(base, tokenizer, data, self.max_length, run)
         model = self.attach(base, run.seed)
         weight = prompt_of(model)
@@ -238,14 +240,14 @@ class PromptTuning(GradientTuner):
             # Half a step less, so that rounding up gives these very steps.
             epochs=(self.embedding_steps - 0.5) / batches,
         )
-        fit(model, rows, tokenizer.pad_token_id, settings, run, folder="embedding")
+        fit(model, rows, pad, settings, run, folder="embedding")
         task = weight.detach().cpu().clone()
         model.eval()
 
         def loss(prompt: Tensor) -> float:
             with torch.no_grad():
                 weight.copy_(prompt)
-            return _loss(model, rows, tokenizer.pad_token_id, run)
+            return _loss(model, rows, pad, run)
 
         return _spot.retrieve(
             task, sources, by=self.similarity, how=self.retrieve, top=self.top, loss=loss

@@ -148,6 +148,7 @@ class Staged(GradientSettings, Tuner):
             return None, sorted(data.sources())
         from deltaloom.core.encoding import encode
         from deltaloom.core.run import Run as Part
+        from deltaloom.engine.forward import padding_token
         from deltaloom.tune import _kinship
 
         path = run.work / "similarity.json"
@@ -164,7 +165,7 @@ class Staged(GradientSettings, Tuner):
             with Part.open(run.work / "probe", {"probe": self.filter}, {}, run.seed) as part:
                 how = {"gradient": _kinship.by_gradient, "transfer": _kinship.by_transfer}
                 model = lora.attach(base, run.seed)
-                pad = base.tokenizer().pad_token_id
+                pad = padding_token(base.tokenizer())
                 found = how[self.filter](model, tasks, pad, settings, self.probe_steps, part)
             cost = part.record["cost"]
             run.spend(**{k: cost[k] for k in ("forward_tokens", "backward_tokens", "flops")})
