@@ -65,6 +65,18 @@ def test_only_the_tables_are_tuned_and_the_text_is_likelier(home, tmp_path, base
         assert record["notes"]["chunks"] > 100
 
 
+def test_a_tied_model_may_name_no_output_table(home, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    healed(home, tmp_path / "named", heal="tune")
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda _: None)
+    healed(home, tmp_path / "unnamed", heal="tune")
+    named, unnamed = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("named", "unnamed")
+    )
+    assert named == unnamed
+
+
 @pytest.mark.parametrize("how", ["tune", "distill"])
 def test_an_interrupted_healing_ends_in_the_same_bytes(home, tmp_path, monkeypatch, how):
     from deltaloom.transfer._healing import Healing

@@ -64,7 +64,7 @@ class Distillation(Objective):
 
         `rows` are those of `data` for the student, `moved`.
         """
-        from deltaloom.engine.forward import token_logprobs
+        from deltaloom.engine.forward import padding_token, token_logprobs
         from deltaloom.engine.meter import count_forward
 
         tokenizer = base.tokenizer()
@@ -73,7 +73,7 @@ class Distillation(Objective):
         found = token_logprobs(
             teacher,
             [(row.input_ids, [1] * len(row.input_ids)) for row in theirs],
-            tokenizer.pad_token_id,
+            padding_token(tokenizer),
         )
         count_forward(run, teacher, sum(len(row.input_ids) for row in theirs))
         old, new = Vocabulary.read(base.folder), Vocabulary.read(moved.folder)

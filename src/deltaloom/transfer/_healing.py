@@ -71,6 +71,7 @@ class Healing(Transferrer):
             return made
         from deltaloom.core.delta import describe
         from deltaloom.core.encoding import encode
+        from deltaloom.engine.forward import padding_token
         from deltaloom.engine.train import TrainSettings, fit
 
         moved: Base = base.model_copy(update={"model": str(made), "revision": None})
@@ -85,11 +86,12 @@ class Healing(Transferrer):
         model = moved.load(dtype="float32").train()
         model.requires_grad_(False)
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            table.requires_grad_(True)
+            if table is not None:  # some tied models name the input's alone
+                table.requires_grad_(True)
         settings = TrainSettings(
             epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, trainable="adapter"
         )
-        pad = tokenizer.pad_token_id
+        pad = padding_token(tokenizer)
         fitted = fit(
             model,
             rows,

@@ -34,6 +34,8 @@ LEAST = 1e-8
 class Hypernetwork(nn.Module):
     """Rows of each table from pieces."""
 
+    source: Tensor
+
     def __init__(self, tables: Sequence[Tensor], width: int, layers: int) -> None:
         """For the base's tables, float32, each (rows, d): the input's, and the output's if untied.
 
