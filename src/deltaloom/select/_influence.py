@@ -15,6 +15,7 @@ import torch
 
 from deltaloom.core.features import Features, require_same_space
 from deltaloom.core.packed import PackedRows, encode_packed
+from deltaloom.engine.forward import padding_token
 from deltaloom.engine.gradients import sketched
 from deltaloom.engine.meter import training_cost
 from deltaloom.engine.projection import Kind, projection
@@ -63,7 +64,7 @@ class Pass(Job):
         how = self.sketching
         model, moments = load_epoch(self.epoch, how)
         sketch = projection(how.projection, how.dimension, how.seed)
-        pad = how.base.tokenizer().pad_token_id
+        pad = padding_token(how.base.tokenizer())
         options: dict[str, Any] = {
             "precondition": moments if self.adam else None,
             "checkpointing": how.warmup.gradient_checkpointing,

@@ -149,7 +149,7 @@ def _power(shares: Array, losses: Array, seed: int) -> Power:
         # The floor lies between 0 and the least loss seen. A solver may try any size of step.
         q = np.clip(p, -30, 30)
         exponent = np.exp(min(q[1], 3.0))
-        return low / (1 + np.exp(-q[0])), exponent, np.exp(q[2 : 2 + k]), np.exp(q[2 + k])
+        return low / (1 + np.exp(-q[0])), exponent, np.exp(q[2 : 2 + k]), float(np.exp(q[2 + k]))
 
     def off(p: Array) -> Array:
         floor, exponent, worth, constant = parts(p)

@@ -24,6 +24,7 @@ from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.method import of_whole
 from deltaloom.core.progress import say
 from deltaloom.core.run import Run
+from deltaloom.engine.forward import padding_token
 from deltaloom.engine.train import fit
 from deltaloom.select._ratings import Effect
 
@@ -122,7 +123,7 @@ class Patches:
 
     def account(self, finished: list[tuple[str, int]]) -> dict[str, float]:
         """Enter in the run's ledger what the finished patches (and `before`) cost, once."""
-        total = dict.fromkeys(TAKEN_OVER, 0.0)
+        total: dict[str, float] = dict.fromkeys(TAKEN_OVER, 0.0)
         for folder in (self.run.work / "before", *(self._folder(*one) for one in finished)):
             cost = Run.read(folder)["cost"]
             total = {key: total[key] + cost[key] for key in TAKEN_OVER}
@@ -152,7 +153,7 @@ class Patches:
         return order
 
     def _fit(self, rows: list[Encoded], settings: Any, run: Run, folder: str) -> None:
-        pad = self.base.tokenizer().pad_token_id
+        pad = padding_token(self.base.tokenizer())
         fit(self.model.train(), rows, pad, settings, run, folder=folder)
 
     def _measure(self, part: Run) -> None:

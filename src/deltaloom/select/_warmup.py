@@ -16,6 +16,7 @@ import torch
 from deltaloom.core.atomic import new_folder, write_json
 from deltaloom.core.errors import InputError
 from deltaloom.core.spec import canonical, first_difference
+from deltaloom.engine.forward import padding_token
 from deltaloom.engine.preconditioning import Adam
 from deltaloom.engine.train import fit
 from deltaloom.select.random import draw
@@ -95,7 +96,7 @@ def warm_up(
     fit(
         warmup.attach(base, run.seed),
         rows,
-        base.tokenizer().pad_token_id,
+        padding_token(base.tokenizer()),
         warmup.train_settings(warmup.lr, epochs=total, save_steps=0, trainable="adapter"),
         run,
         folder="warmup-training",

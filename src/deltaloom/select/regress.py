@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from deltaloom.core.atomic import write_text
 from deltaloom.core.base import BaseField
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Measurer, Selection, Sizes, Work
+from deltaloom.core.method import Measurer, Selection, Sizes, Work, of_kind
 from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
@@ -137,10 +137,11 @@ class Regress(MixtureSelector):
                 t: float(law.predict(w[None])[0]) for t, law in zip(targets, laws, strict=True)
             },
         }
-        if self.law == "power":
+        powers = [law for law in laws if isinstance(law, _laws.Power)]
+        if powers:
             about["worth"] = {
                 target: dict(zip(names, (law.worth / law.worth.max()).tolist(), strict=True))
-                for target, law in zip(targets, laws, strict=True)
+                for target, law in zip(targets, powers, strict=True)
             }
         # Shares below a thousandth of a percent are what the solver left of zero.
         weights = dict(zip(names, np.where(w < 1e-5, 0.0, w).tolist(), strict=True))
@@ -148,9 +149,7 @@ class Regress(MixtureSelector):
         return sized.drawn(pool, allowed.weights, run, base, about)
 
     def _measurer(self) -> Measurer:
-        method = get("measure", self.measure).make(self.measuring)
-        assert isinstance(method, Measurer)
-        return method
+        return of_kind(get("measure", self.measure).make(self.measuring), Measurer)
 
     def _fit(self, shares: Any, losses: Any, targets: list[str], seed: int) -> dict[str, Any]:
         """How well laws fitted without a run tell its loss: rank correlation and mean error."""
@@ -162,7 +161,9 @@ class Regress(MixtureSelector):
         found = {}
         for name, own in zip(targets, losses.T, strict=True):
             told = _laws.cross_validated(self.law, shares, own, seed)
-            rank = float(spearmanr(told, own).statistic) if len({*own.tolist()}) > 1 else 0.0
+            rank = 0.0
+            if len({*own.tolist()}) > 1:
+                rank = float(spearmanr(told, own).statistic)  # pyright: ignore[reportAttributeAccessIssue]
             error = float(np.abs(told - own).mean())
             found[name] = {"spearman": rank if np.isfinite(rank) else 0.0, "mean_error": error}
             say(f"{name}: held-out rank correlation {found[name]['spearman']:.3f}")

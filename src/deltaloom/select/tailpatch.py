@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 from pydantic import Field, field_validator, model_validator
 
 from deltaloom.core.errors import InputError
-from deltaloom.core.method import Measurer, Selection, Sizes, Work
+from deltaloom.core.method import Measurer, Selection, Sizes, Work, of_kind
 from deltaloom.core.places import PLACE
 from deltaloom.core.progress import say
 from deltaloom.core.registry import get
@@ -68,7 +68,7 @@ class Tailpatch(MixtureSelector):
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the pool, mixed as it is, that the checkpoint is trained on (ours; the paper says
     only that it is partly trained). 0 patches the base itself."""
-    tuning: Lora = Lora(**OURS)
+    tuning: Lora = Lora.model_validate(OURS)
     """How checkpoint and patches are tuned; epochs are the checkpoint's (ours: 1). Patches keep its
     lr constant. Keys given replace these one by one."""
     cost: Annotated[float, Field(gt=0)] = 0.1
@@ -145,9 +145,7 @@ class Tailpatch(MixtureSelector):
         return self.drawn(pool, weights, run, base, about)
 
     def _measurer(self) -> Measurer:
-        method = get("measure", self.measure).make(self.measuring)
-        assert isinstance(method, Measurer)
-        return method
+        return of_kind(get("measure", self.measure).make(self.measuring), Measurer)
 
     def _patches(
         self, pool: Examples, target: Examples, base: Base, sources: tuple[str, ...], run: Run
