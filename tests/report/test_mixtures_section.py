@@ -65,6 +65,16 @@ def test_sources_stand_by_weight_with_effects_and_ratings(tmp_path):
     assert all(b <= a + 1 for a, b in pairwise(levels))
 
 
+def test_a_rating_that_is_no_number_is_left_out(tmp_path):
+    folder, _ = mixed(tmp_path)
+    record = json.loads((folder / "weights.json").read_text())
+    for number, own in enumerate(record["about"]["ratings"].values()):
+        own["<b>dev"] = [None, "2", [2], {"helpful": 2}][number % 4]
+    (folder / "weights.json").write_text(json.dumps(record))
+    (found,) = mixtures(read_runs([folder]))
+    assert {one.effects[0].rating for one in found.sources} == {""}
+
+
 def test_weights_alone_are_a_table_without_charts(tmp_path):
     folder, _ = mixed(tmp_path, effects=False)
     page = render(read_runs([folder]))

@@ -106,13 +106,16 @@ def _source(
     own = _mapping(_mapping(about.get("effects")).get(name))
     ratings = _mapping(_mapping(about.get("ratings")).get(name))
     effects = tuple(
-        Effect(_text(_mapping(own.get(target))), RATINGS.get(ratings.get(target), ""))
-        for target in targets
+        Effect(_text(_mapping(own.get(target))), _rating(ratings.get(target))) for target in targets
     )
     share = before.get(name)
     factor = numbers.times(weights[name] / share) if share else "–"
     shares = [numbers.share(one, 1) if one is not None else "–" for one in (share, weights[name])]
     return Source(name, shares[0], shares[1], factor, effects)
+
+
+def _rating(value: Any) -> str:
+    return RATINGS.get(value, "") if isinstance(value, int) else ""
 
 
 def _text(effect: dict[str, Any]) -> str:
