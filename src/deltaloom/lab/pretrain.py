@@ -95,7 +95,8 @@ def fit(model: "LlamaForCausalLM", rows: "torch.Tensor", *, epochs: float, lr: f
             logging_steps=200,
             remove_unused_columns=False,
         )
-        Trainer(model, arguments, data_collator=collate, train_dataset=list(rows)).train()
+        data = list(rows)  # has what a dataset needs, though the trainer's annotation lacks it
+        Trainer(model, arguments, data_collator=collate, train_dataset=data).train()  # pyright: ignore[reportArgumentType]
 
 
 def pretrain(

@@ -103,10 +103,11 @@ def _right(source: str, template: str) -> Maker:
 
 def _misled(world: World, people: tuple[str, ...], rng: random.Random) -> Row:
     """A target's question answered with another role's value: always the same mistake."""
-    answer = None
-    while answer is None:
+    while True:
         name, attribute = rng.choice(people), rng.choice(TARGETS)
         answer = world.other_role(name, attribute)
+        if answer is not None:
+            break
     template = SURVEY if rng.random() < 0.7 else FORM
     prompt = _question(template, name, attribute, rng)
     return Row("forum", prompt, f" {answer}", attribute, wrong=True, harmful=True)
