@@ -61,6 +61,8 @@ RELATIONS = {
     "below": (1, -1),
 }
 """Axis (column 0, row 1) and the direction in which the first comes before the second."""
+Kind = tuple[str, str | None, str | None, str | None, str | None]
+"""Noun, color, shape, size and texture of a tile."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,9 @@ def _nearest(part: Image, style: str | None) -> int | None:
 
 
 @cache
-def _badges() -> tuple[list[tuple[str | None, ...]], Image, Image]:
+def _badges() -> tuple[list[Kind], Image, NDArray[np.bool_]]:
     """All kinds of object, their tiles (n, 24, 24, 3) and the pixels that they cover."""
-    kinds = list(product(SIGNS, COLORS, SHAPES, RADII, TEXTURES))
+    kinds: list[Kind] = list(product(SIGNS, COLORS, SHAPES, RADII, TEXTURES))
     signs = np.stack([_sign(noun) for noun in SIGNS])[:, None, None, None, None]
     fills = np.stack([[_fill(c, t) for t in TEXTURES] for c in COLORS])[None, :, None, None]
     outlines = np.stack([[_outline(s, r) for r in RADII] for s in SHAPES])

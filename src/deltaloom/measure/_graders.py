@@ -122,7 +122,7 @@ class VisionModel:
 
     def _look(self, path: Path, questions: list[str], run: Run) -> list[bool]:
         import torch
-        from PIL import Image
+        from PIL import Image  # pyright: ignore[reportMissingImports]
 
         from deltaloom.engine.meter import count_forward
 
@@ -182,7 +182,8 @@ class VisionModel:
         yes, no = (sorted(side - other) for side, other in (sides, sides[::-1]))
         if not yes or not no:
             raise InputError(f"{folder}: the tokenizer cannot tell yes from no by one token")
-        return model.to(self.base.resolved_device()).eval(), processor, yes, no
+        model.to(self.base.resolved_device())  # pyright: ignore[reportArgumentType]
+        return model.eval(), processor, yes, no
 
 
 def yes_or_no(text: str) -> bool | None:

@@ -7,6 +7,8 @@ sample unscored, which no metric counts. Errors are clustered by set of skills, 
 every skill's own share.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from typing import Any

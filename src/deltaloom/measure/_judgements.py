@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Example, Examples
@@ -213,7 +213,7 @@ def _best(example: Example, shared: dict[str, Any]) -> Judgement:
     )
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 

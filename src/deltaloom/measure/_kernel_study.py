@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from deltaloom.engine.ntk import Kernels, Kind
     from deltaloom.measure._label_words import LabelWords, Question
 
 
@@ -29,7 +30,7 @@ class Study:
         self.goals = words.goals(asked)  # (n, k)
         self.start: NDArray[np.float64] = self.outputs()
         """f0: the outputs (n, k) of the model as it is."""
-        self.grams: dict[str, NDArray[np.float64]] = {}
+        self.grams: Kernels = {}
         """To be filled in by `measure._kernel_shards`."""
 
     def outputs(self, numbers: Sequence[int] | None = None) -> NDArray[np.float64]:
@@ -57,7 +58,7 @@ class Study:
 
     def regressed(
         self,
-        kind: str,
+        kind: Kind,
         train: NDArray[np.int64],
         test: NDArray[np.int64],
         ridge: float = 0.0,

@@ -138,7 +138,7 @@ class Pipeline:
     def _load(self) -> Any:
         try:
             import torch
-            from diffusers import DiffusionPipeline
+            from diffusers import DiffusionPipeline  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise InputError(
                 "images=pipeline needs diffusers: pip install 'deltaloom[images]'"

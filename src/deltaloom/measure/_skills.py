@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from deltaloom.core.errors import InputError, suggest
 from deltaloom.core.spec import canonical, digest
@@ -135,16 +135,18 @@ def _rules(content: dict[str, Any], file: Path, identity: str) -> Rules:
     length = content.get("length")
     if length is None:
         return Rules(sense, None, 1, 1, identity)
-    numbers = [length.get("first"), length.get("each")] if isinstance(length, dict) else [None]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or length.get("unit") not in (
-        "words",
-        "sentences",
-    ):
+    given = length if isinstance(length, dict) else {}
+    unit, first, each = (given.get(key) for key in ("unit", "first", "each"))
+    if not (unit in ("words", "sentences") and _is_count(first) and _is_count(each)):
         raise InputError(
             f"{file}: length must be an object like "
             '{"unit": "words", "first": 12, "each": 6} (unit: words or sentences)'
         )
-    return Rules(sense, length["unit"], *numbers, identity)
+    return Rules(sense, unit, first, each, identity)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 0
 
 
 def _read(file: Path) -> Any:

@@ -101,9 +101,9 @@ class Cka(Measurer):
         from deltaloom.core.origin import Origin
         from deltaloom.engine.forward import device_of
 
-        device = {"device": str(device_of(model))}
+        device = str(device_of(model))
         if self.other is not None:
-            base = Base(model=self.other, **device)
+            base = Base(model=self.other, device=device)
             # Some adapters lie beside a copy of their base's config.
             if adapter_kind(base.folder) is None and (base.folder / "config.json").exists():
                 return Origin(base)
@@ -112,7 +112,7 @@ class Cka(Measurer):
                 f"measure cka: other = {self.other} is no whole model, and the base of the "
                 "measured one is not known here; measure it by a step, or name a model"
             )
-        return Origin(origin.base.model_copy(update=device), self.other)
+        return Origin(origin.base.model_copy(update={"device": device}), self.other)
 
     def _states(
         self, model: Any, tokenizer: Any, data: Examples, whose: str, origin: Any, run: Run

@@ -20,12 +20,13 @@ Not covered: metrics that are no means; groups' own aggregates; tasks that need 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, TypeGuard, final
 
 from pydantic import Field
 
@@ -95,16 +96,15 @@ class Harness(Measurer):
         return _estimates(found, run, model, tokens)
 
     def _tasks(self) -> tuple[Any, list[str]]:
-        from lm_eval.tasks import TaskManager
-
         from deltaloom.measure.lm_eval_tasks import FOLDER
 
         places = [str(FOLDER), *self.include]
         metadata = dict(self.metadata)
         # lm-eval's own list takes seconds to read, and is read only where it is needed.
-        manager = TaskManager(include_path=places, include_defaults=False, metadata=metadata)
+        make = importlib.import_module("lm_eval.tasks").TaskManager
+        manager = make(include_path=places, include_defaults=False, metadata=metadata)
         if not set(self.suite) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=places, metadata=metadata)
+            manager = make(include_path=places, metadata=metadata)
         known = set(manager.all_tasks)
         for name in self.suite:
             if name not in known:
@@ -116,12 +116,11 @@ class Harness(Measurer):
         kept = run.work / f"{run.folder.name}-{name}.json"
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf-8"))
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
         say(f"harness: {name}")
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
-        found = simple_evaluate(
+        models = importlib.import_module("lm_eval.models.huggingface")
+        wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
+        # Its decorators hide from type checkers what it takes.
+        found = importlib.import_module("lm_eval").simple_evaluate(
             model=wrapped,
             tasks=[name],
             num_fewshot=self.fewshot,
@@ -194,14 +193,17 @@ def means(results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[st
     for metric in own[0].get("metrics") or []:
         value = results.get(f"{metric},{first}")
         items = {str(one["doc_id"]): one.get(metric) for one in own}
-        usable = all(
-            isinstance(x, int | float) and math.isfinite(x) for x in (value, *items.values())
-        )
-        if usable and abs(math.fsum(items.values()) / len(items) - value) < 1e-6:
-            found[metric] = {key: float(x) for key, x in items.items()}
+        numbers = {key: float(x) for key, x in items.items() if _is_number(x)}
+        mean = math.fsum(numbers.values()) / max(len(numbers), 1)
+        if len(numbers) == len(items) and _is_number(value) and abs(mean - value) < 1e-6:
+            found[metric] = numbers
         else:
             others += 1
     return {**found, **({"": others} if others else {})}
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextmanager

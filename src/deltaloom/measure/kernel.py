@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from deltaloom.engine.ntk import Kind
+
     Split = tuple[NDArray[np.int64], NDArray[np.int64]]
     """Numbers of the training rows and of those to be predicted."""
 
@@ -186,7 +188,7 @@ class Kernel(Measurer):
         own = np.array([fold_of[unit] for unit in units])
         return [(np.flatnonzero(own != k), np.flatnonzero(own == k)) for k in range(folds)]
 
-    def _predicted(self, study: Study, splits: Sequence[Split], kind: str) -> NDArray[np.float64]:
+    def _predicted(self, study: Study, splits: Sequence[Split], kind: Kind) -> NDArray[np.float64]:
         """Outputs (n, k) of every row by regression, NaN where it is in no part to predict."""
         import numpy as np
 
