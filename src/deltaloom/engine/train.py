@@ -62,8 +62,9 @@ class Paused(Exception):
 
     def __init__(self, model: Any, tokens: int, trainable: Literal["all", "adapter"]) -> None:
         super().__init__("training is paused")
-        self.model, self.tokens, self.trainable = model, tokens, trainable
+        self.model, self.tokens = model, tokens
         """The model as it is; the tokens trained since the beginning, without padding."""
+        self.trainable: Literal["all", "adapter"] = trainable
 
 
 class Companion(TrainerCallback):

@@ -73,7 +73,7 @@ def configuration(settings: dict[str, Any]) -> dict[str, Any] | None:
 def meaning(settings: dict[str, Any]) -> str | None:
     """The same for settings that switch the same modules on; None for those that switch none on."""
     own = configuration(settings)
-    return own and repr(sorted(own.items()))
+    return None if own is None else repr(sorted(own.items()))
 
 
 def measured(model: Any, base: Base, by: Evaluation, run: Run) -> float:

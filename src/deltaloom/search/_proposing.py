@@ -118,7 +118,7 @@ class Proposer:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         kinds = {name: one.distribution() for name, one in self.space.items()}
-        running = optuna.trial.TrialState.RUNNING
+        state = optuna.trial.TrialState
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the sampler calls itself experimental
             sampler = optuna.samplers.GPSampler(
@@ -131,9 +131,11 @@ class Proposer:
                 ],
             )
             for one in range(number):
-                how = {"values": values[one]} if one in values else {"state": running}
                 frozen = optuna.trial.create_trial(
-                    params=self.known[one], distributions=kinds, **how
+                    params=self.known[one],
+                    distributions=kinds,
+                    values=values.get(one),
+                    state=state.COMPLETE if one in values else state.RUNNING,
                 )
                 study.add_trial(frozen)
             params = study.ask(kinds).params

@@ -111,13 +111,13 @@ class Evidence:
         constant = power * float(self.constants[rows, columns].sum())
         return constant + fit - 0.5 * float(np.linalg.slogdet(precision)[1]) + float(odds)
 
-    def weighted(self, weights: Sequence[float]) -> tuple[Array, Array]:
+    def weighted(self, weights: Sequence[float] | Array) -> tuple[Array, Array]:
         """Mean and covariance of (theta, psi), each source's likelihood to a power."""
         powers = np.asarray(weights)
         precision = self.prior + np.tensordot(powers, self.precisions[:, 1], 1)
         shift = self.shift + powers @ self.shifts[:, 1]
         covariance = np.linalg.inv(precision)
-        return covariance @ shift, covariance
+        return covariance @ shift, covariance  # pyright: ignore[reportReturnType]
 
 
 def relevance(evidence: Evidence, seed: int = 0, sweeps: int = 400, summed: int = SUMMED) -> Array:

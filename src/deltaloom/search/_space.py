@@ -118,7 +118,9 @@ def first_points(space: Mapping[str, Dimension], count: int, seed: int) -> list[
     """`count` settings spread evenly over the space: a scrambled Halton sequence."""
     from scipy.stats import qmc
 
-    places = qmc.Halton(len(space), seed=seed).random(count)
+    # SciPy before 1.15 knows no other name for the seed; later ones take this one, too.
+    halton = qmc.Halton(len(space), seed=seed)  # pyright: ignore[reportCallIssue]
+    places = halton.random(count)
     return [
         {name: one.at(float(place)) for (name, one), place in zip(space.items(), row, strict=True)}
         for row in places

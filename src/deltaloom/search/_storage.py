@@ -118,7 +118,9 @@ class Mirror:
     def _create(self, storage: Any) -> Any:
         import optuna
 
-        ways = ["minimize" if way == "lower" else "maximize" for way in self.goals.values()]
+        ways: list[Literal["minimize", "maximize"]] = [
+            "minimize" if way == "lower" else "maximize" for way in self.goals.values()
+        ]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -132,4 +132,4 @@ def known(sources: Sequence[Source], table: Array, share: float) -> Model:
 
 def _ridge(design: Array, values: Array) -> Array:
     gram = design.T @ design + RIDGE * np.eye(design.shape[1])
-    return np.linalg.solve(gram, design.T @ values)
+    return np.linalg.solve(gram, design.T @ values)  # pyright: ignore[reportReturnType]

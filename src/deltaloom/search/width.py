@@ -172,6 +172,7 @@ class Width(GradientSettings, Searcher):
         import torch
         from transformers import AutoModelForCausalLM, set_seed
 
+        from deltaloom.engine.forward import padding_token
         from deltaloom.engine.scaled_adam import Scaled
         from deltaloom.engine.train import fit
 
@@ -185,7 +186,7 @@ class Width(GradientSettings, Searcher):
             settings.get("lr", self.lr), clip=0.0, save_steps=self.save_steps or 10**9, keep=1
         )
         companion = Scaled(rules, weight_decay=decay, clip=self.clip)
-        pad = tokenizer.pad_token_id
+        pad = padding_token(tokenizer)
         return fit(model, rows, pad, how, run, tokenizer=tokenizer, companion=companion).model
 
     def _for_tuners(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -196,10 +197,11 @@ class Width(GradientSettings, Searcher):
     ) -> dict[str, Any]:
         """The coordinate check over widths, then over depths, with the rules and without."""
         from deltaloom.engine.coordinates import coordinates, slopes
+        from deltaloom.engine.forward import padding_token
         from deltaloom.engine.proxy import resized
 
         batch = rows[:CHECKED]
-        lr, pad = settings.get("lr", self.lr), tokenizer.pad_token_id
+        lr, pad = settings.get("lr", self.lr), padding_token(tokenizer)
         result: dict[str, Any] = {}
         written: list[dict[str, Any]] = []
         for over, pairs in (
