@@ -51,11 +51,11 @@ class MergeOptions(BaseModel):
 
     random_seed: int | None = None
     """Seed of random choices; 0 when not given."""
-    out_shard_size: Annotated[int, BeforeValidator(_size)] = Field(5_000_000_000, ge=1)
+    out_shard_size: Annotated[int, BeforeValidator(_size)] = Field(default=5_000_000_000, ge=1)
     """Largest weights file: bytes, or text such as 500M."""
     copy_tokenizer: bool = True
     """Give the output a tokenizer."""
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1)
     """Threads over tensors; two when not given."""
     quiet: bool = False
     """Say nothing on stderr."""

@@ -65,7 +65,7 @@ def add_weighted(models, weights, divisor, kind, out):
             row = models[k, start : start + TILE]
             w = weights[k]
             for i in range(part.size):
-                part[i] = fused(row[i], w, part[i])
+                part[i] = fused(row[i], w, part[i])  # pyright: ignore[reportCallIssue]
         if divisor != one:
             for i in range(part.size):
                 part[i] = part[i] / divisor

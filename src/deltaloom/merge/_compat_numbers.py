@@ -46,8 +46,8 @@ class Numbers:
             coarsen(values.reshape(-1), self.kind)
         return values
 
-    def scalar(self, value: float) -> Any:
-        """A setting as a number of the format (through float32, as torch converts it)."""
+    def scalar(self, value: float | np.ndarray) -> Any:
+        """A setting, or an array (), as a number of the format (through float32, as torch does)."""
         return self.round(np.array([value], self.work))[0]
 
     def of(self, values: np.ndarray) -> np.ndarray:

@@ -28,8 +28,9 @@ class RowTensor(TensorRule):
 
     def __init__(self, rule: CompatRule, tensor: TensorEntry, *, by_row: bool = False):
         self.numbers, self.count = rule.numbers, tensor.count
-        self.by_row = by_row and len(tensor.shape) > 1
-        self.columns = tensor.shape[-1] if self.by_row else tensor.count
+        self.by_row, self.columns = False, tensor.count
+        if by_row and len(tensor.shape) > 1:
+            self.by_row, self.columns = True, tensor.shape[-1]
         self.unit = self.columns if self.by_row else STEP
         self.lanes = 1 if self.numbers.name == "float16" else WIDTH
         self._found: dict[Any, Reduction] = {}
@@ -171,7 +172,7 @@ class NuSlerpTensor(RowTensor):
         super().__init__(rule, tensor, by_row=rule.by_row)
         self.rule = rule
         self.shape = tensor.shape
-        self.turned = rule.turned and len(tensor.shape) > 1
+        self.turned = rule.turned and len(self.shape) > 1
         if self.turned:  # vectors along the first axis: the whole tensor at once, axes swapped
             self.unit, self.columns, self.by_row = tensor.count, tensor.shape[0], True
 

@@ -99,7 +99,7 @@ def add_squares(values, start, columns, total, lanes, sums):
             for i in range(whole, fours):
                 square += part[i] * part[i]
             for i in range(fours, m):
-                square = fused(part[i], part[i], square)
+                square = fused(part[i], part[i], square)  # pyright: ignore[reportCallIssue]
             sums[row] = square
             lanes[:] = 0
         done += m

@@ -6,7 +6,14 @@ on how a tensor is cut into blocks.
 
 from __future__ import annotations
 
-from numba import carray, float32, float64, njit, types, uint32
+from numba import (
+    carray,  # pyright: ignore[reportPrivateImportUsage]
+    float32,
+    float64,
+    njit,
+    types,
+    uint32,
+)
 
 LANES = 16
 """Partial sums side by side."""

@@ -54,8 +54,10 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 class Part(Protocol):
     """One tensor of one source."""
 
-    gives_change: bool
-    """Whether `fill` gives the change over the base rather than the value."""
+    @property
+    def gives_change(self) -> bool:
+        """Whether `fill` gives the change over the base rather than the value."""
+        ...
 
     @property
     def held(self) -> int:

@@ -98,7 +98,7 @@ class Merge:
         self,
         rule: TensorRule,
         own: StoredPart,
-        parts: list[StoredPart],
+        parts: Sequence[StoredPart],
         target: TensorEntry,
         space: Workspace,
     ) -> None:

@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 class Streamed(Merger):
     """A merger whose last act is a streaming merge of folders by a rule."""
 
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """Threads over tensors; two when not given. The result does not depend on it."""
-    block: int | None = Field(None, ge=256)
+    block: int | None = Field(default=None, ge=256)
     """Elements handled at a time, the measure of memory; 262,144 when not given (measured). The
     result does not depend on it."""
     memory: Bytes | None = None
     """Bytes that the merge's buffers may take together, as 256M: as many threads and as wide blocks
     as fit, and refused before the work where no block of some tensor does. All that `threads` and
     `block` ask for when not given. The result does not depend on it."""
-    shard_bytes: int = Field(5_000_000_000, ge=1)
+    shard_bytes: int = Field(default=5_000_000_000, ge=1)
     """Largest weights file in bytes."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """Type of the merged weights; the base's, tensor by tensor, when not given."""

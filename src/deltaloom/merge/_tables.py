@@ -114,7 +114,8 @@ class RowsPart:
 
     def fill(self, start: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """See Part."""
-        dtype, special = self._dtype, []
+        stored, special = self._stored, []
+        dtype = stored[0].tensor.dtype if stored else ""
         for first, model, row, place, stop in self._within(start, out.size):
             offset = start + place - first * self.columns
             if model < 0:
@@ -122,7 +123,7 @@ class RowsPart:
             elif dtype:  # only its bytes now: there may be a run for every row
                 size = DTYPES[dtype][0]
                 raw = scratch[place * size : stop * size]
-                self.parts[model].read(row * self.columns + offset, raw)
+                stored[model].read(row * self.columns + offset, raw)
             else:
                 self.parts[model].fill(row * self.columns + offset, out[place:stop], scratch)
         if dtype:
@@ -148,10 +149,11 @@ class RowsPart:
         yield from zip(*(part.tolist() for part in parts), strict=True)
 
     @cached_property
-    def _dtype(self) -> str:
-        """How all tables are stored; empty where they differ or are more than stored."""
-        kinds = {part.tensor.dtype if isinstance(part, StoredPart) else "" for part in self.parts}
-        return kinds.pop() if len(kinds) == 1 else ""
+    def _stored(self) -> list[StoredPart]:
+        """The tables, where all are no more than stored and in one type; none otherwise."""
+        stored = [part for part in self.parts if isinstance(part, StoredPart)]
+        alike = len({part.tensor.dtype for part in stored}) == 1
+        return stored if alike and len(stored) == len(self.parts) else []
 
     def origin(self, element: int) -> tuple[Path, int]:
         """Where one element is from: the model, and the element of its own table."""

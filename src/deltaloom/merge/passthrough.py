@@ -25,7 +25,7 @@ from deltaloom.merge._streaming import Streaming
 class Passthrough(Streaming):
     """Writes one of the models out."""
 
-    source: int = Field(0, ge=0)
+    source: int = Field(default=0, ge=0)
     """Place of the model in the list, from 0."""
     scale: float = 1.0
     """Factor of every float weight (mergekit's default: none)."""

@@ -168,7 +168,7 @@ def least_change(gram: np.ndarray, right: np.ndarray, precision: float) -> np.nd
     well conditioned is solved by it, any other through its eigenvectors.
     """
     import numpy as np
-    from scipy.linalg import eigh, lapack
+    from scipy.linalg import eigh, get_lapack_funcs
 
     diagonal = gram.diagonal()
     seen = diagonal > 0
@@ -177,10 +177,11 @@ def least_change(gram: np.ndarray, right: np.ndarray, precision: float) -> np.nd
     right = right * scale[:, None]
     gram[~seen, ~seen] = 1.0  # an input that is never there: its right side is zero
     norm = float(np.abs(gram).sum(axis=0).max())
-    factor, failed = lapack.dpotrf(gram, lower=1)
-    condition = 0.0 if failed else lapack.dpocon(factor, norm, uplo="L")[0]
+    potrf, pocon, potrs = get_lapack_funcs(("potrf", "pocon", "potrs"), dtype=np.float64)
+    factor, failed = potrf(gram, lower=1)
+    condition = 0.0 if failed else pocon(factor, norm, uplo="L")[0]
     if condition > precision:
-        return lapack.dpotrs(factor, right, lower=1)[0] * scale[:, None]
+        return potrs(factor, right, lower=1)[0] * scale[:, None]
     values, vectors = eigh(gram)
     kept = values > values[-1] * len(values) * precision
     own = vectors[:, kept]
