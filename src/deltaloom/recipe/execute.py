@@ -281,7 +281,7 @@ def _measure(planned: Planned, inputs: Inputs, run: Run) -> dict[str, Any]:
         label: base and Origin(base, None if name == "base" else inputs.folder(name))
         for label, name in measured.items()
     }
-    if planned.method.by_token and step.compare is not None:
+    if measurer.by_token and step.compare is not None:
         refuse_other_tokens(origins, step.compare, given[0], step.name)
     found: dict[tuple[str, str], Estimate] = {}
     for label, origin in origins.items():

@@ -21,6 +21,8 @@ papers sample them; AutoPEFT's goals are ranks made normal, which hide how far a
 Not covered: ranges of real numbers.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import math
