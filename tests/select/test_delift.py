@@ -282,6 +282,17 @@ def test_rows_that_are_no_question_with_an_answer(row, message, tmp_path):
         )
 
 
+def test_a_target_that_is_no_question_is_refused_before_any_pass(setting, tmp_path):
+    base, pool = setting
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "tom lives"}))
+    run = tiny.run_in(tmp_path / "run")
+    with pytest.raises(InputError, match="needs a prompt and a response"):
+        Delift(count=1, neighbours=2).select(
+            pool, run, target=Examples.read(tmp_path / "texts.jsonl"), base=base
+        )
+    assert not [*run.work.iterdir()]
+
+
 def test_a_broken_model_names_the_row(setting, tmp_path, monkeypatch):
     base, pool = setting
     monkeypatch.setattr(

@@ -84,7 +84,7 @@ def sentence(error: ValidationError, where: str, cls: type[BaseModel]) -> str:
     if first["type"] == "list_type" and isinstance(first["input"], str):
         reason += f", such as [{first['input']}]"
     if first["type"] == "too_short":
-        reason = f"must have {first.get('ctx', {})['min_length']} or more"
+        reason = f"must have {first.get('ctx', {}).get('min_length', 1)} or more"
     # A rule about several fields has no key of its own and says itself which they are.
     return f"{where}: {key} = {first['input']!r}: {reason}" if key else f"{where}: {reason}"
 

@@ -137,10 +137,10 @@ def _alike(a: str, b: str) -> int:
 
 def _layout(row: Example, shown: Example | None) -> tuple[str, str]:
     """The text up to the answer, and the answer."""
-    prompt, answer = _parts(row)
+    prompt, answer = question_and_answer(row)
     if shown is None:
         return ALONE.format(prompt=prompt), answer
-    shown_prompt, shown_answer = _parts(shown)
+    shown_prompt, shown_answer = question_and_answer(shown)
     return SHOWN.format(shown=shown_prompt, answer=shown_answer, prompt=prompt), answer
 
 
@@ -202,7 +202,7 @@ def _gains(asked: Sequence[Masked | None], logprobs: Any) -> list[float]:
 def _turns(row: Example) -> list[dict[str, str]]:
     """A row as a conversation that ends with its answer."""
     if row.messages is None:
-        prompt, answer = _parts(row)
+        prompt, answer = question_and_answer(row)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     turns = list(row.messages)
     roles = [turn["role"] for turn in turns]
@@ -213,7 +213,8 @@ def _turns(row: Example) -> list[dict[str, str]]:
     return turns
 
 
-def _parts(row: Example) -> tuple[str, str]:
+def question_and_answer(row: Example) -> tuple[str, str]:
+    """A row's question and answer as texts; raises InputError for a row that has not both."""
     if row.messages is not None:
         *_, question, answer = _turns(row)
         return question["content"], answer["content"]

@@ -94,6 +94,7 @@ class Delift(BudgetSelector):
         from deltaloom.core.examples import Examples
         from deltaloom.core.features import Features
         from deltaloom.engine import submodular
+        from deltaloom.select._utility import question_and_answer
 
         assert base is not None
         if target is not None and self.given is not None:
@@ -105,6 +106,8 @@ class Delift(BudgetSelector):
         known = Examples.read(self.given) if self.given is not None else None
         others = {"target": target, "given": known}
         groups = {"pool": pool, **{name: rows for name, rows in others.items() if rows is not None}}
+        for row in (row for rows in groups.values() for row in rows):
+            question_and_answer(row)  # before any pass over the rows
         kernels = self._kernels(groups, base, run)
         if target is not None:
             picks = submodular.mutual_information(
