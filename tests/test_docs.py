@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deltaloom import methods, testing
-from deltaloom.recipe.steps import parse_recipe
+from deltaloom.recipe.parsing import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 

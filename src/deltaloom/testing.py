@@ -125,7 +125,7 @@ CHECKS: tuple[Callable[[Entry, Path], None], ...] = (
 def run(method: Entry, out: Path, **settings: Any) -> None:
     """Run a method once, with its default settings, on the tiny inputs of its verb."""
     from deltaloom.recipe.execute import run_step
-    from deltaloom.recipe.steps import parse_step
+    from deltaloom.recipe.parsing import parse_step
 
     given = inputs(method.verb)
     cls = method.load()

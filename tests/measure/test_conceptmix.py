@@ -17,7 +17,7 @@ from deltaloom.measure._png import decode_png, encode_png
 from deltaloom.measure._scenes import sample_scene, vocabulary
 from deltaloom.measure.conceptmix import ConceptMix
 from deltaloom.recipe.execute import run_step
-from deltaloom.recipe.steps import parse_step
+from deltaloom.recipe.parsing import parse_step
 
 WORDS = vocabulary("drawn")
 

@@ -17,7 +17,7 @@ from deltaloom.measure._rulings import rule
 from deltaloom.measure._verdicts import Opinion
 from deltaloom.measure.judge import Judge
 from deltaloom.recipe.execute import run_step
-from deltaloom.recipe.steps import parse_step
+from deltaloom.recipe.parsing import parse_step
 
 
 def shown(messages):

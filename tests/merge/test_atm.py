@@ -20,7 +20,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.registry import get
 from deltaloom.recipe.execute import run_step
-from deltaloom.recipe.steps import parse_step
+from deltaloom.recipe.parsing import parse_step
 
 DESCENT = '''
 """Full-batch gradient descent on least squares in float64, for tests."""

@@ -11,7 +11,7 @@ from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate, compare
 from deltaloom.core.run import Run
 from deltaloom.recipe import execute
-from deltaloom.recipe.steps import parse_recipe, parse_step, read_yaml
+from deltaloom.recipe.parsing import parse_recipe, parse_step, read_yaml
 from deltaloom.testing import product
 
 

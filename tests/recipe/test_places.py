@@ -14,7 +14,7 @@ from deltaloom.core.run import Run
 from deltaloom.core.spec import Spec
 from deltaloom.engine.endpoint import Endpoint
 from deltaloom.recipe.execute import run_recipe
-from deltaloom.recipe.steps import parse_recipe, parse_step
+from deltaloom.recipe.parsing import parse_recipe, parse_step
 
 
 class Settings(Spec):

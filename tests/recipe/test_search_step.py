@@ -10,7 +10,7 @@ from deltaloom import methods
 from deltaloom.core.errors import InputError
 from deltaloom.core.run import Run
 from deltaloom.recipe.execute import run_recipe, with_choice
-from deltaloom.recipe.steps import parse_recipe, parse_step
+from deltaloom.recipe.parsing import parse_recipe, parse_step
 
 METHOD = '''
 """Choose the first of two."""

@@ -3,8 +3,8 @@
 import pytest
 
 from deltaloom.core.errors import InputError
+from deltaloom.recipe.parsing import parse_recipe, parse_step, read_yaml
 from deltaloom.recipe.schema import recipe_schema
-from deltaloom.recipe.steps import parse_recipe, parse_step, read_yaml
 
 
 def recipe(*steps, **head):
@@ -163,6 +163,18 @@ def test_yaml_errors_name_the_line(tmp_path):
         read_yaml(path)
     with pytest.raises(InputError, match="no such file"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+def test_a_key_given_twice_and_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: x\nsteps:\n  - tune: {method: lora, lr: 1e-3,\n      lr: 2e-3}\n")
+    with pytest.raises(InputError, match=r"r\.yaml line 4: .*the key 'lr' is given twice"):
+        read_yaml(path)
+    path.write_text("a: &a {x: 1}\nb: {<<: *a, x: 2}\n")
+    assert read_yaml(path)["b"] == {"x": 2}
+    path.write_bytes("base: x".encode("utf-16"))
+    with pytest.raises(InputError, match=r"r\.yaml: not UTF-8 text"):
+        read_yaml(path)
 
 
 def test_yaml_cannot_make_objects(tmp_path):

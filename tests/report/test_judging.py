@@ -48,7 +48,7 @@ def judged(tmp_path, monkeypatch):
     """A finished step that measured a judge."""
     monkeypatch.setattr(Judge, "_asked", lambda *_: Shorter())
     from deltaloom.recipe.execute import run_step
-    from deltaloom.recipe.steps import parse_step
+    from deltaloom.recipe.parsing import parse_step
 
     tasks = tmp_path / "pairs.json"
     tasks.write_text(json.dumps(rows()))

@@ -13,7 +13,7 @@ from deltaloom.core.delta import load
 from deltaloom.core.errors import InputError
 from deltaloom.core.method import Trial
 from deltaloom.recipe.execute import run_step
-from deltaloom.recipe.steps import parse_step
+from deltaloom.recipe.parsing import parse_step
 from deltaloom.report.page import write_report
 from deltaloom.search import _study
 from deltaloom.search._front import pareto

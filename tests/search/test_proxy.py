@@ -8,7 +8,7 @@ from tiny import base_in, rows_in
 
 from deltaloom.core.errors import InputError
 from deltaloom.recipe.execute import run_step
-from deltaloom.recipe.steps import parse_step
+from deltaloom.recipe.parsing import parse_step
 from deltaloom.search import _policy
 from deltaloom.search._past import PastTrial, Point, Task
 from deltaloom.search._space import Dimension

@@ -10,7 +10,7 @@ from deltaloom.core.base import Base
 from deltaloom.core.delta import load
 from deltaloom.core.errors import InputError
 from deltaloom.recipe.execute import run_step
-from deltaloom.recipe.steps import parse_step
+from deltaloom.recipe.parsing import parse_step
 from deltaloom.search import _parts
 from deltaloom.search._past import read_history
 

@@ -149,7 +149,7 @@ def test_an_unreachable_database_is_named_without_its_password(tmp_path):
         ({"low": 2.0, "high": 1.0}, "is empty: low = 2 is above high = 1"),
         ({"low": 0.0, "high": 1.0, "log": True}, "low must be above 0"),
         ({"low": 0.0}, "needs low and high, or choices"),
-        ({"choices": []}, "at least 1"),
+        ({"choices": []}, "must have 1 or more"),
         ({"choices": [1, 1]}, "a choice twice"),
         ({"choices": [1], "high": 2.0}, "choices and a range"),
         ({"low": 0.5, "high": 2.0, "integer": True}, "whole numbers"),

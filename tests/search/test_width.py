@@ -11,7 +11,7 @@ from deltaloom import Base, Examples
 from deltaloom.core.errors import InputError
 from deltaloom.core.run import Run
 from deltaloom.recipe.execute import run_recipe, run_step
-from deltaloom.recipe.steps import parse_recipe, parse_step
+from deltaloom.recipe.parsing import parse_recipe, parse_step
 from deltaloom.search.width import Width
 
 torch.set_num_threads(1)

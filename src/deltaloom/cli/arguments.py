@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from deltaloom.core.errors import InputError
-from deltaloom.recipe.steps import assign
+from deltaloom.recipe.parsing import assign
 
 PLAIN = (str, int, float, bool, list, dict, type(None))
 

@@ -92,7 +92,7 @@ def measure(method: MethodName, settings: Pairs = None, json: Json = False) -> N
 def run(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
     """Run a recipe, resuming where it stopped: STEP.KEY=VALUE changes it, out= places it."""
     from deltaloom.recipe.execute import run_recipe
-    from deltaloom.recipe.steps import parse_recipe, read_yaml
+    from deltaloom.recipe.parsing import parse_recipe, read_yaml
 
     _collect_often()
     pairs = parse_pairs(settings)
@@ -105,8 +105,8 @@ def run(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
 def plan(recipe: RecipeFile, settings: Pairs = None, json: Json = False) -> None:
     """What a recipe will take: time, memory, disk; loads no weights. Checks what merges read."""
     from deltaloom.cli.show import plan_table
+    from deltaloom.recipe.parsing import parse_recipe, read_yaml
     from deltaloom.recipe.plan import plan_recipe
-    from deltaloom.recipe.steps import parse_recipe, read_yaml
 
     checked = parse_recipe(read_yaml(recipe), str(recipe), parse_pairs(settings))
     lines = plan_recipe(checked)
@@ -180,7 +180,7 @@ def _collect_often() -> None:
 
 def _one_step(verb: str, method: str, settings: list[str] | None, json: bool) -> None:
     from deltaloom.recipe.execute import run_step
-    from deltaloom.recipe.steps import parse_step
+    from deltaloom.recipe.parsing import parse_step
 
     pairs: dict[str, Any] = {"method": method, **nest(parse_pairs(settings))}
     out = pairs.pop("out", None)

@@ -15,7 +15,7 @@ def quickstart(out: Path, seed: int, overrides: dict[str, Any]) -> dict[str, Any
     """Write the lab to `out/lab`, run the recipe in `out/quickstart`, write `out/report.html`."""
     from deltaloom.lab.files import write_lab
     from deltaloom.recipe.execute import run_recipe
-    from deltaloom.recipe.steps import parse_recipe
+    from deltaloom.recipe.parsing import parse_recipe
     from deltaloom.report.page import write_report
 
     paths = {**write_lab(out / "lab", seed), "features": out / "features"}

@@ -16,7 +16,8 @@ from deltaloom.core.base import Base
 from deltaloom.core.errors import InputError
 from deltaloom.core.examples import Examples
 from deltaloom.core.method import Merger, Selector, Sizes, Work, of_kind
-from deltaloom.recipe.steps import MeasureStep, MergeStep, Planned, Recipe, parse_recipe, read_yaml
+from deltaloom.recipe.parsing import parse_recipe, read_yaml
+from deltaloom.recipe.steps import MeasureStep, MergeStep, Planned, Recipe
 
 SAMPLE = 200
 """Rows tokenised to estimate the mean length."""
