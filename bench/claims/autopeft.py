@@ -207,7 +207,8 @@ def gains(found: list[dict[str, Any]], arm: str, of: str = "") -> list[float]:
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    lines = ["", "| arm | trials | share of the area | search minus it | by seed |", "|---" * 5 + "|"]
+    lines = ["", "| arm | trials | share of the area | search minus it | by seed |"]
+    lines += ["|---" * 5 + "|"]
     per_kind = len(SIZES)
     trials = {**dict.fromkeys(WHOLE, TRIALS), "defaults": 4 * per_kind}
     for arm, title in ARMS.items():
