@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class Bench:
             study = Study(run, self.space, goals, count, first=first, meaning=meaning)
             trials = list(study.explore(attempt))
             seconds = run.record["notes"]["trial_seconds"]
-            print(f"seed {seed}, {name}: {count} trials, {seconds:.0f} s", flush=True)
+            print(f"seed {seed}, {name}: {count} trials, {seconds:.0f} s", file=sys.stderr)
         return trials
 
     def untuned(self, name: str, rows: Rows, seed: int) -> float:
@@ -207,7 +208,7 @@ def gains(found: list[dict[str, Any]], arm: str, of: str = "") -> list[float]:
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    lines = ["", "| arm | trials | share of the area | search minus it | by seed |"]
+    lines = ["| arm | trials | share of the area | search minus it | by seed |"]
     lines += ["|---" * 5 + "|"]
     per_kind = len(SIZES)
     trials = {**dict.fromkeys(WHOLE, TRIALS), "defaults": 4 * per_kind}
