@@ -8,7 +8,7 @@ from pathlib import Path
 from deltaloom.core.errors import InputError
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.run import Run
-from deltaloom.recipe.execute import ESTIMATE
+from deltaloom.recipe.measuring import ESTIMATE
 
 Key = tuple[str, str, str]
 """What was measured, task, metric."""

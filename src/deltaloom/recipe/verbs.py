@@ -9,7 +9,8 @@ from deltaloom.core.base import Base
 from deltaloom.core.delta import Delta, load
 from deltaloom.core.estimate import Estimate
 from deltaloom.core.examples import Examples
-from deltaloom.recipe.execute import CHOICE, ESTIMATE, SELECTED, run_recipe, run_step
+from deltaloom.recipe.execute import CHOICE, SELECTED, run_recipe, run_step
+from deltaloom.recipe.measuring import ESTIMATE
 from deltaloom.recipe.parsing import parse_recipe, parse_step, read_yaml
 from deltaloom.recipe.steps import Planned
 

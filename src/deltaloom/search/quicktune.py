@@ -16,7 +16,8 @@ task, like tasks and trial, in place of deep kernels over a network's features, 
 than a user has; costs are predicted by a ridge on logarithms, and a trial's own are taken once it
 ran. Lengths and variances are fitted on the history and then frozen (the second paper's transfer
 without refit), the posterior takes in every new value; without a history they are fitted anew
-before every part. Values enter relative to the untuned base's.
+before every part. Values enter relative to the untuned base's. Past tasks count by how likely they
+are to be like this one (`trust`), where the papers let all count alike.
 
 Not covered: choosing among pretrained models or among tuners; features of images; trials that run
 at the same time.
