@@ -83,7 +83,7 @@ def test_quicktune_takes_what_it_found(given, tmp_path, monkeypatch):
     step("quicktune", given, tmp_path / "tuned", **more, **trusted)
     # by itself it trusts the past as much as the proxy says
     step("quicktune", given, tmp_path / "features", **more, history=files)
-    step("quicktune", given, tmp_path / "all", **more, history=files, trust="all")
+    step("quicktune", given, tmp_path / "alike", **more, history=files, alike=True)
     assert weights == [pytest.approx(list(found.values())), weights[0], None]
     other = tmp_path / "low1.json"
     PAST[1].model_copy(update={"metric": "loss_per_token"}).write(other)

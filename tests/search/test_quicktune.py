@@ -136,6 +136,7 @@ def test_what_it_left_and_tune_runs_warm_up_the_next(given, found, tmp_path):
         ({"tuner": "prompt", "fixed": {"start": "x"}}, "cannot pause; leave start out"),
         ({"history": ["nowhere"]}, "history: nowhere: no history file"),
         ({"trust": "nowhere"}, "no finished `search proxy` there"),
+        ({"trust": "nowhere", "alike": True}, "trust and alike say two things"),
     ],
 )
 def test_impossible_searches_are_refused(given, tmp_path, settings, sentence):

@@ -17,7 +17,7 @@ than a user has; costs are predicted by a ridge on logarithms, and a trial's own
 ran. Lengths and variances are fitted on the history and then frozen (the second paper's transfer
 without refit), the posterior takes in every new value; without a history they are fitted anew
 before every part. Values enter relative to the untuned base's. Past tasks count by how likely they
-are to be like this one (`trust`), where the papers let all count alike.
+are to be like this one, where the papers let all count alike (`alike`).
 
 Not covered: choosing among pretrained models or among tuners; features of images; trials that run
 at the same time.
@@ -29,7 +29,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deltaloom.core.errors import WorkError
 from deltaloom.core.method import Evaluation, Found, Searcher, Sizes, Trial, Work
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     from deltaloom.search._parts import Done, Parts
     from deltaloom.search._policy import Policy
 
-FEATURES, ALL = "features", "all"
-"""Ways to trust the past that are no folder."""
 GOAL = "objective"
 """What trials are compared by; the lower the better, as a loss or an accuracy times -1."""
 
@@ -78,10 +76,12 @@ class Quicktune(Searcher):
     history: Annotated[list[str], PLACE] = []
     """What other tasks have shown: folders of earlier quicktune searches, of tune runs that were
     given `evaluate`, and history files (docs/search.md has their form)."""
-    trust: Annotated[str, PLACE] = FEATURES
-    """How much past tasks count: `features` each by its relevance, which is told from features as
-    `search proxy` does it; `all` alike, as published; else the folder of a `search proxy` over the
-    same history. (The default is ours: of the arms of bench/claims/quicktune.py it lacks least.)"""
+    trust: Annotated[str | None, PLACE] = None
+    """Folder of a `search proxy` over the same history, by whose relevances past tasks count. None
+    tells them from features in the same way (ours: of the arms of bench/claims/quicktune.py that
+    lacks least)."""
+    alike: bool = False
+    """Let all past tasks count alike, as published."""
     parts: Annotated[int, Field(ge=1)] = 5
     """Parts of a run, after each of which another trial may go on (ours; Quick-Tune: epochs)."""
     steps: Annotated[int, Field(ge=1)] = 20
@@ -101,6 +101,12 @@ class Quicktune(Searcher):
     storage: str | None = None
     """Database URL of the Optuna study, as postgresql+psycopg://USER@HOST/DB; None keeps a journal
     file in the run's folder. It is written when the search ends."""
+
+    @model_validator(mode="after")
+    def _one_trust(self) -> Quicktune:
+        if self.alike and self.trust is not None:
+            raise ValueError("trust and alike say two things of the past; leave one out")
+        return self
 
     def work(self, sizes: Sizes) -> Work:
         """As many runs as the parts make, and the chosen one's end."""
@@ -124,7 +130,7 @@ class Quicktune(Searcher):
         choices = Choices("search quicktune", self.tuner, space, self.fixed)
         choices.check()
         past = read_history(self.history, self.tuner)
-        named = None if self.trust in (FEATURES, ALL) else read_trust(self.trust, past)
+        weights = None if self.trust is None else read_trust(self.trust, past)
         kept, evaluation = split(data, evaluation, self.holdout, run.seed)
         candidates = choices.draw(past, self.candidates, run.seed)
         tuners = [choices.make(one) for one in candidates]
@@ -134,8 +140,7 @@ class Quicktune(Searcher):
         target = doing.describe(self.tuner, tuners[0].max_length)
         read_history(self.history, self.tuner, target.metric)  # refuses what is measured otherwise
         unit: Any = "flops" if self.seconds is None else "seconds"
-        weights = named
-        if self.trust == FEATURES:
+        if self.trust is None and not self.alike:
             relevances, _ = judge_past(space, candidates, target, past, SHARE, run.seed)
             weights = relevances.tolist()
         policy = Policy(space, candidates, self.parts, target, past, weights, unit, run.seed)
